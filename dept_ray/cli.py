@@ -1,0 +1,231 @@
+"""`dept-ray`: the command line. Each command is a few lines over `client`; heavy imports wait until one is called."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dept_ray import __version__
+from dept_ray.errors import DeptError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dept_ray.client import Report
+    from dept_ray.config import Job
+
+METHODS = ("glob", "trim", "spec", "spec-opt", "std", "act", "isolated")
+method_option = click.option("--method", type=click.Choice(METHODS), help="Instead of the job's own.")
+address_option = click.option("--address", help="Ray cluster to join (default: RAY_ADDRESS, else a local Ray).")
+
+
+class Commands(click.Group):
+    """Shows our own errors as one message, and anything else as the bug it is."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DeptError as err:
+            click.secho(f"{type(err).__name__}: {err}", fg="red", err=True)
+            ctx.exit(1)
+
+
+@click.group(cls=Commands)
+@click.version_option(__version__)
+def main() -> None:
+    """Pre-train one language model on sources that do not belong together (DEPT, arXiv 2410.05021)."""
+
+
+@main.command()
+@method_option
+@click.option("--folder", default="dept-demo", show_default=True, help="Where text, run and snapshots go.")
+@click.option("--local", is_flag=True, help="In this process, without Ray.")
+def demo(method: str | None, folder: str, local: bool) -> None:
+    """Train four silos on text that is installed on this machine, in about two minutes."""
+    from dept_ray import demo as show
+
+    console = _console()
+    job = show.demo_job(method, folder)
+    console.print(show.introduction(job))
+    records = _train_here(job, console) if local else _train(job, None, console)
+    console.print(show.summary(job, records))
+
+
+@main.command()
+@click.argument("job_file")
+@address_option
+@click.option("--local", is_flag=True, help="In this process, without Ray.")
+@method_option
+def prepare(job_file: str, address: str | None, local: bool, method: str | None) -> None:
+    """Read, clean, tokenise and pack the text of JOB_FILE; what is there already is kept."""
+    from dept_ray import client
+
+    console = _console()
+    job = _load(job_file, method)
+    with _preparing(console) as report:
+        client.prepare(job, address, report, local)
+    console.print(f"{job.name}: {len(job.sources)} sources are prepared")
+
+
+@main.command()
+@click.argument("job_file")
+@address_option
+@click.option("--local", is_flag=True, help="The identical loop in this process, without Ray.")
+@click.option("--detach", is_flag=True, help="Leave the run to the cluster.")
+@method_option
+def train(job_file: str, address: str | None, local: bool, detach: bool, method: str | None) -> None:
+    """Train JOB_FILE to its last round, from wherever its run folder stands."""
+    console = _console()
+    job = _load(job_file, method)
+    if local:
+        records = _train_here(job, console)
+    else:
+        records = _train(job, address, console, detach)
+    if records and records[-1]["event"] == "scores":
+        from dept_ray.console import score_table
+
+        console.print(score_table(records[-1], f"{job.name}, {job.method}, after {records[-1]['round']} rounds"))
+
+
+@main.command()
+@click.argument("run")
+@click.option("--address", help="Ask the run on this cluster; without it, its folder is read.")
+def status(run: str, address: str | None) -> None:
+    """How RUN (a name under runs/, or a folder) is."""
+    import time
+
+    from dept_ray.client import Run
+    from dept_ray.console import live_table, round_line
+
+    console = _console()
+    handle = Run.attach(run, address) if address else Run.open(run)
+    now, records = handle.status(), handle.history()
+    if now.silos:
+        console.print(live_table(now, records, time.monotonic()))
+    else:
+        console.print(f"{now.run}: {now.phase}, {now.round} of {now.rounds} rounds committed")
+    if now.error:
+        console.print(now.error)
+    for record in records[-5:]:
+        console.print(round_line(record), highlight=False)
+
+
+@main.command()
+@click.argument("run")
+def score(run: str) -> None:
+    """Validation of RUN's last committed round, per source."""
+    from dept_ray.client import Run
+    from dept_ray.console import score_table
+    from dept_ray.rounds.ledger import final_record
+    from dept_ray.study.generate import score_run
+
+    handle = Run.open(run)
+    round, scores = score_run(handle.job, handle.folder)
+    _console().print(score_table(final_record(handle.job, round, scores), f"{handle.job.name} after {round} rounds"))
+
+
+@main.command()
+@click.argument("run")
+@click.option("--source", help="Whose tokenizer and embedding to use (default: the first).")
+@click.option("--prompt", default="", help="Text to go on from.")
+@click.option("--tokens", default=100, show_default=True, help="At most.")
+@click.option("--temperature", default=0.8, show_default=True)
+@click.option("--top-k", default=50, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+def generate(run: str, source: str | None, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> None:
+    """Text from RUN's model."""
+    from dept_ray.client import Run
+    from dept_ray.study import generate as using
+
+    handle = Run.open(run)
+    source = source or handle.job.sources[0].name
+    trained = using.load_silo(handle.job, using.last_state(handle.folder), using.silo_of(handle.job, source))
+    pieces = using.generate(trained, source, prompt, tokens, temperature, top_k, seed)
+    first = next(pieces, "")  # a prompt that cannot be used fails before anything is shown
+    click.echo(prompt + first, nl=False)
+    for piece in pieces:
+        click.echo(piece, nl=False)
+    click.echo()
+
+
+@main.command()
+@click.argument("job_file")
+@method_option
+def plan(job_file: str, method: str | None) -> None:
+    """What JOB_FILE will cost: parameters, memory, bytes, tokens. Runs nothing."""
+    from dept_ray.study import plan as planning
+
+    job = _load(job_file, method)
+    _console().print(planning.render(planning.plan_job(job)))
+
+
+# ------------------------------------------------------------------------------------------------ shared by commands
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console()
+
+
+def _load(job_file: str, method: str | None) -> "Job":
+    from dept_ray.config import load_job
+
+    return load_job(job_file, **({"method": method} if method else {}))
+
+
+def _train_here(job: "Job", console: "Console") -> list[dict[str, Any]]:
+    from dept_ray.client import train_here
+    from dept_ray.console import round_line
+    from dept_ray.metrics import read_records
+    from dept_ray.rounds.store import run_folder
+
+    with _preparing(console) as report:
+        train_here(job, lambda record: console.print(round_line(record), highlight=False), report)
+    return read_records(run_folder(job) / "metrics.jsonl")
+
+
+def _train(job: "Job", address: str | None, console: "Console", detach: bool = False) -> list[dict[str, Any]]:
+    """On Ray; Ctrl-C once stops after the round's commit, twice at once."""
+    from dept_ray.client import Run
+
+    with _preparing(console) as report:
+        run = Run.start(job, address, detach, report)
+    try:
+        return run.follow(console)
+    except KeyboardInterrupt:
+        if detach:
+            console.print(f"\nno longer watching; the run goes on: dept-ray status {job.name} --address auto")
+            return []
+        console.print("\nstopping after this round is committed; Ctrl-C again stops at once")
+        run.stop()
+    try:
+        return run.follow(console)
+    except KeyboardInterrupt:
+        run.kill()
+        console.print("\nstopped; the last committed round stands, and the same command goes on from it")
+        sys.exit(130)
+
+
+@contextmanager
+def _preparing(console: "Console") -> "Iterator[Report]":
+    """Shows the stages of preparation: bars on a terminal, else a line per stage."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    words = {"clean": "reading and cleaning text", "learn": "learning tokenizers", "pack": "tokenising", "index": "indexing"}
+    bars: dict[str, Any] = {}
+    columns = TextColumn("{task.description:<26}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=False, disable=not console.is_terminal) as progress:
+
+        def report(stage: str, done: int, of: int) -> None:
+            if not console.is_terminal:
+                if done == of:
+                    console.print(f"{words[stage]}: {of} of {of}", highlight=False)
+                return
+            if stage not in bars:
+                bars[stage] = progress.add_task(words[stage], total=of)
+            progress.update(bars[stage], completed=done)
+            if done == of:
+                progress.stop_task(bars[stage])
+
+        yield report

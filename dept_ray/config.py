@@ -1,0 +1,418 @@
+"""Every knob of a run, with its unit, its default and the reason for it: the schema of the files in ``jobs/``.
+
+A job file is TOML. It is read by `load_job`, which refuses unknown keys (and offers the nearest name), wrong types and
+contradictions before anything is spent, always with the key, the value and the remedy. Frozen: a run's configuration is
+a value, and `Job.fingerprint` says which run a folder belongs to.
+"""
+
+import difflib
+import hashlib
+import json
+import tomllib
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from dept_ray.errors import ConfigError
+
+METHOD_NAMES = ("glob", "trim", "spec", "spec-opt", "std", "act", "isolated")
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelSection(Section):
+    """`[model]`: the transformer. Defaults are the paper's 12 blocks (METHOD.md section 3)."""
+
+    arch: Literal["gpt2", "llama"] = "gpt2"
+    """gpt2: learned positions, LayerNorm, GELU, biases. llama: RoPE, RMSNorm, SwiGLU. Both export to Hugging Face."""
+    layers: Positive = 12
+    width: Positive = 768
+    heads: Positive = 12
+    mlp_width: Positive | None = None
+    """Hidden width of the MLP; None: 4 * width for gpt2, 8/3 * width rounded up to 64 for llama (equal parameters)."""
+    positions: Positive | None = None
+    """L, the length of the learned position table; None: `inner.context`."""
+
+    @property
+    def hidden(self) -> int:
+        """The MLP's hidden width in force."""
+        if self.mlp_width is not None:
+            return self.mlp_width
+        return 4 * self.width if self.arch == "gpt2" else -(-8 * self.width // 3 // 64) * 64
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> "ModelSection":
+        if self.width % self.heads:
+            raise ValueError(f"model.width = {self.width} is not a multiple of model.heads = {self.heads}")
+        if self.arch == "llama" and (self.width // self.heads) % 2:
+            raise ValueError(f"model.width / model.heads = {self.width // self.heads} must be even for rotary positions")
+        return self
+
+
+class TokenizerSection(Section):
+    """`[tokenizer]`: one setting for the global tokenizer, or for each source's own one."""
+
+    kind: Literal["bpe", "unigram", "file", "hub"] = "bpe"
+    """bpe: byte-level BPE. unigram: as SPEC-OPT in the paper. file: an existing tokenizer.json. hub: by name."""
+    vocab_size: Annotated[int, Field(ge=258)] = 50_257
+    """Rows, the end-of-text token included. Paper: 50,257 (Pile, SPEC-OPT), 250,112 (mC4)."""
+    name: str | None = None
+    """Path (kind = file) or Hub name (kind = hub)."""
+    temperature: Annotated[float, Field(ge=0, le=1)] = 0.3
+    """How a global tokenizer's sample is shared among sources: p_k proportional to bytes_k ** temperature."""
+    sample_bytes: Positive = 50_000_000
+    """Text that a tokenizer is trained on, in bytes (over all sources for a global one, per source for an own one)."""
+    vocabulary: Literal["global", "trimmed", "own"] | None = None
+    """Overrides the method's vocabulary, for `isolated` with own tokenizers; None: what the method says."""
+    global_vocab_size: Positive | None = None
+    """|V| of the global vocabulary that `dept-ray plan` compares own tokenizers with; paper: as `vocab_size` above."""
+
+    @model_validator(mode="after")
+    def _existing_needs_name(self) -> "TokenizerSection":
+        if self.kind in ("file", "hub") and not self.name:
+            raise ValueError(f'tokenizer.kind = "{self.kind}" needs tokenizer.name, the path or Hub name to load')
+        return self
+
+
+class Resources(Section):
+    """`[resources]`, or `resources = {...}` of one source: what Ray holds for a silo."""
+
+    num_gpus: Annotated[float, Field(ge=0)] = 0
+    """GPUs per silo; fractions share one."""
+    num_cpus: Annotated[float, Field(ge=0)] = 0
+    """Logical CPUs that Ray sets aside per silo. Keep 0 on a GPU: silos that hold every CPU starve Ray Data."""
+    labels: dict[str, str] = {}
+    """Node labels that place the silo, such as region = "eu"."""
+
+
+class SourceFields(Section):
+    """What all kinds of source have in common."""
+
+    name: Name
+    """Also the silo's name."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Factor on the source's say: on w_k in the mean over silos, and on p_k in the mixture."""
+    validation_share: Fraction = 0.05
+    """Share of documents held out, chosen by a hash of the document; ignored where validation files are named."""
+    max_bytes: Positive | None = None
+    """Cap on training text in UTF-8 bytes; reading stops there."""
+    max_validation_bytes: Positive | None = None
+    """Cap on validation text in UTF-8 bytes. All of it is scored each time."""
+    storage: str | None = None
+    """Where this source's text, shards and snapshots stay (a folder of its own region); None: the job's folder."""
+    resources: Resources | None = None
+    """Overrides `[resources]` for this silo."""
+    vocab_size: Positive | None = None
+    """|V_k| for `dept-ray plan` without data; prepared data always gives the true one."""
+    tokens: Positive | None = None
+    """Training tokens for `dept-ray plan` without data."""
+
+
+class HubSource(SourceFields):
+    """A Hugging Face dataset, streamed, or a local folder written by `datasets`' `save_to_disk`."""
+
+    kind: Literal["hub"]
+    dataset: str
+    config: str | None = None
+    split: str = "train"
+    validation_split: str | None = None
+    """A split to validate on; None: hold out `validation_share`."""
+    column: str = "text"
+
+
+class FilesSource(SourceFields):
+    """Globs of parquet, jsonl or txt, each also .gz or .zst; local, s3:// or gs://. One txt file is one document."""
+
+    kind: Literal["files"]
+    paths: tuple[str, ...]
+    validation_paths: tuple[str, ...] = ()
+    """Files to validate on; empty: hold out `validation_share`."""
+    column: str = "text"
+    """Of parquet and jsonl."""
+
+    @field_validator("paths", "validation_paths", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+
+class InstalledSource(SourceFields):
+    """Real text that every machine with this package has: no download, nothing committed."""
+
+    kind: Literal["installed"]
+    collection: Literal["docs", "python", "cpp", "maths"]
+    """docs: English docstrings and package descriptions. python: source code. cpp: torch's headers.
+    maths: worked problems generated from a seed."""
+
+
+Source = Annotated[HubSource | FilesSource | InstalledSource, Field(discriminator="kind")]
+
+
+class InnerSection(Section):
+    """`[inner]`: AdamW inside a silo, between two messages (METHOD.md section 3)."""
+
+    local_steps: Positive = 500
+    """N_local: optimizer steps between two messages."""
+    batch_size: Positive = 256
+    """Sequences per optimizer step."""
+    micro_batch: Positive | None = None
+    """Sequences per forward pass; gradients accumulate to `batch_size`. None: the whole batch on a CPU, 16 on a GPU."""
+    context: Positive = 2048
+    """Tokens per sequence."""
+    lr: Annotated[float, Field(gt=0)] = 6e-4
+    """Peak learning rate."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    """Linear warm-up, once, at the start of the run."""
+    lr_floor: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """The cosine over all rounds ends at this fraction of the peak."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled; matrices only, never biases, norms or embeddings."""
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    """Gradient norm at most."""
+    optimizer_state: Literal["reset", "keep"] = "reset"
+    """AdamW moments at the start of a round, where the body is averaged. Bodies that stay home always keep theirs."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of matrix products, by autocast; master weights are fp32 always. auto: bf16 where the processor has it."""
+    compile: Literal["auto", "always", "never"] = "auto"
+    """torch.compile of forward and loss. auto: where the run is long enough to earn the compilation back."""
+    checkpoint_activations: bool = False
+    """Recompute each block in the backward pass: a third more time, much less memory."""
+    threads: Positive | None = None
+    """CPU threads per silo; None: the machine's cores shared among the silos that train at once."""
+
+
+class OuterSection(Section):
+    """`[outer]`: the coordinator's step on the mean delta (METHOD.md equation 2)."""
+
+    preset: Literal["average", "nesterov"] = "average"
+    """average: (1.0, 0), the paper. nesterov: (0.7, 0.9), DiLoCo; hurts in runs of few rounds."""
+    lr: Annotated[float, Field(gt=0)] | None = None
+    """eta; None: the preset's."""
+    momentum: Fraction | None = None
+    """mu; None: the preset's."""
+    rows_lr: Annotated[float, Field(gt=0)] = 1.0
+    """eta of embedding rows and positions (equation 3)."""
+    rows_momentum: Fraction = 0.0
+    """mu of embedding rows and positions. 0: the plain masked mean."""
+
+    @property
+    def eta(self) -> float:
+        return self.lr if self.lr is not None else {"average": 1.0, "nesterov": 0.7}[self.preset]
+
+    @property
+    def mu(self) -> float:
+        return self.momentum if self.momentum is not None else {"average": 0.0, "nesterov": 0.9}[self.preset]
+
+
+class RoundsSection(Section):
+    """`[rounds]`: how many, of whom, and what becomes of a round that not all answer."""
+
+    total: Positive = 10
+    """T."""
+    choose: Positive | None = None
+    """|S_t|: silos drawn per round; None: all."""
+    quorum: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of the chosen silos that must answer, or the round is tried again."""
+    attempts: Positive = 3
+    """Tries of a round before the run ends with QuorumLost."""
+    score_every: Annotated[int, Field(ge=0)] = 1
+    """Rounds between validations; 0: only at the end."""
+    keep: Positive = 2
+    """Committed rounds kept on disk."""
+    start_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds a silo may take to be placed and opened before the run starts without it."""
+
+
+class MixtureSection(Section):
+    """`[mixture]`: how one silo draws from all sources (STD and ACT)."""
+
+    temperature: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """tau: p_k proportional to n_k ** tau. 0 uniform, 1 proportional to size."""
+
+
+class Job(Section):
+    """One run: everything that `dept-ray train` needs to know."""
+
+    name: Name
+    """Of the run, and of its folder."""
+    method: Literal["glob", "trim", "spec", "spec-opt", "std", "act", "isolated"] = "spec-opt"
+    """What is decoupled (METHOD.md section 2)."""
+    seed: int = 0
+    """Every draw of the run derives from it."""
+    folder: str = "."
+    """Holds data/, runs/ and silos/; relative to where the command is run."""
+    sources: tuple[Source, ...]
+    model: ModelSection = ModelSection()
+    tokenizer: TokenizerSection = TokenizerSection()
+    inner: InnerSection = InnerSection()
+    outer: OuterSection = OuterSection()
+    rounds: RoundsSection = RoundsSection()
+    mixture: MixtureSection = MixtureSection()
+    resources: Resources = Resources()
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _one_spelling(cls, value: Any) -> Any:
+        return value.lower().replace("_", "-") if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Job":
+        names = [source.name for source in self.sources]
+        if not names:
+            raise ValueError("sources is empty: a job needs at least one [[sources]] table")
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f'sources: the name "{name}" stands twice; each source needs a name of its own')
+        if self.inner.context > self.positions:
+            raise ValueError(
+                f"inner.context = {self.inner.context} is longer than model.positions = {self.positions}: "
+                "lower the context or raise the positions"
+            )
+        if self.rounds.choose is not None and self.rounds.choose > len(names):
+            raise ValueError(f"rounds.choose = {self.rounds.choose}, but there are only {len(names)} sources")
+        micro = self.inner.micro_batch
+        if micro is not None and self.inner.batch_size % micro:
+            raise ValueError(
+                f"inner.batch_size = {self.inner.batch_size} is not a multiple of inner.micro_batch = {micro}"
+            )
+        return self
+
+    @property
+    def positions(self) -> int:
+        """L, the position table's length in force."""
+        return self.model.positions or self.inner.context
+
+    @property
+    def total_steps(self) -> int:
+        """T * N_local, the length of the one cosine."""
+        return self.rounds.total * self.inner.local_steps
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of all that decides the numbers of a run; where it is kept and on what it runs are left out."""
+        return _digest(self.model_dump(mode="json", exclude=_HOUSEKEEPING))
+
+    def source(self, name: str) -> "HubSource | FilesSource | InstalledSource":
+        """The source of that name.
+
+        Raises:
+            ConfigError: there is none; the message offers the nearest.
+        """
+        for source in self.sources:
+            if source.name == name:
+                return source
+        raise ConfigError(f'no source "{name}" in job {self.name}{_nearest(name, [s.name for s in self.sources])}')
+
+    def storage_of(self, name: str) -> Path:
+        """The folder under which a source's data and snapshots stay; the job's own for a mixture of sources."""
+        storage = next((s.storage for s in self.sources if s.name == name), None)
+        return Path(storage or self.folder)
+
+
+_HOUSEKEEPING: Any = {
+    "folder": True,
+    "resources": True,
+    "tokenizer": {"global_vocab_size"},
+    "rounds": {"keep", "start_timeout_s", "attempts", "score_every"},
+    "sources": {"__all__": {"storage", "resources", "vocab_size", "tokens"}},
+}
+"""What may differ between two starts of one run."""
+
+
+def load_job(path: str | Path, **overrides: Any) -> Job:
+    """Read a job file; `overrides` replace top-level keys.
+
+    Raises:
+        ConfigError: the file is missing, is not TOML, or does not describe a job.
+    """
+    path = Path(path)
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = _nearest(path.name, [p.name for p in path.parent.glob("*.toml")]) if path.parent.is_dir() else ""
+        raise ConfigError(f"job file {path} does not exist{near}") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as err:
+        raise ConfigError(f"job file {path} is not readable TOML: {err}") from None
+    return parse_job({"name": path.stem, **values, **overrides}, where=str(path))
+
+
+def parse_job(values: dict[str, Any], where: str = "job") -> Job:
+    """A `Job` from plain values, folders and local file patterns made absolute.
+
+    Raises:
+        ConfigError: one line per mistake, each with key, value and remedy.
+    """
+    try:
+        job = Job.model_validate(values)
+    except ValidationError as err:
+        lines = [_explain(error, values) for error in err.errors()]
+        raise ConfigError("\n".join([f"{where}: {len(lines)} mistake(s)", *(f"  {line}" for line in lines)])) from None
+    sources = []
+    for source in job.sources:
+        changes: dict[str, Any] = {}
+        if source.storage is not None:
+            changes["storage"] = _absolute(source.storage)
+        if isinstance(source, FilesSource):
+            changes["paths"] = tuple(map(_absolute, source.paths))
+            changes["validation_paths"] = tuple(map(_absolute, source.validation_paths))
+        sources.append(source.model_copy(update=changes))
+    changes = {"folder": _absolute(job.folder), "sources": tuple(sources)}
+    if job.tokenizer.kind == "file" and job.tokenizer.name:
+        changes["tokenizer"] = job.tokenizer.model_copy(update={"name": _absolute(job.tokenizer.name)})
+    return job.model_copy(update=changes)
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else str(Path(path).expanduser().absolute())
+
+
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(known))}" if known else ""
+
+
+def _explain(error: Any, values: dict[str, Any]) -> str:
+    """One mistake as `key = value: what is wrong; what to do`."""
+    loc = tuple(part for part in error["loc"] if part not in ("hub", "files", "installed"))
+    key = ".".join(str(part) for part in loc)
+    if error["type"] == "extra_forbidden":
+        return f"{key}: unknown key{_nearest(str(loc[-1]), _fields_at(loc[:-1], values))}"
+    if error["type"] == "missing":
+        return f"{key}: missing; add it"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    if error["type"].startswith("union_tag"):
+        return f'{key}: kind must be "hub", "files" or "installed"'
+    return f"{key} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _fields_at(loc: tuple[Any, ...], values: dict[str, Any]) -> list[str]:
+    """Field names of the section that `loc` points to."""
+    section: Any = Job
+    for part in loc:
+        if isinstance(part, int):
+            values = values[part]
+            kinds = {"hub": HubSource, "files": FilesSource, "installed": InstalledSource}
+            section = kinds.get(str(values.get("kind")), SourceFields)
+        elif part == "sources":
+            values = typing.cast(Any, values)["sources"]
+        else:
+            values = values[part]
+            annotation = section.model_fields[part].annotation
+            options = [annotation, *typing.get_args(annotation)]
+            section = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), Section)
+    return list(section.model_fields)

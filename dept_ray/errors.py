@@ -1,0 +1,65 @@
+"""Every way this package fails on purpose, as one tree.
+
+    DeptError
+    ├── ConfigError            a job file (or a command's option) says something that cannot be done
+    ├── DataError
+    │   ├── SourceError        raw text is missing, empty, or not text
+    │   ├── VocabularyError    a tokenizer or an id does not fit
+    │   └── ShardError         prepared tokens are missing, half-written, or altered
+    ├── RunError
+    │   ├── StoreError         the run folder, or a silo's snapshot, cannot be read or written
+    │   ├── WrongRunError      the folder belongs to another job
+    │   ├── SiloError          a silo failed, or answered what it was not asked
+    │   └── QuorumLost         too few silos answered for the round to count
+    └── ClusterError           Ray cannot be reached, or can never hold what the job asks for
+
+Each message names the key or file, the value found, and the remedy. All errors pickle: they cross processes.
+"""
+
+
+class DeptError(Exception):
+    """Something the user can mend; the command line prints the message alone, without a traceback."""
+
+
+class ConfigError(DeptError):
+    """A job file or an option is wrong."""
+
+
+class DataError(DeptError):
+    """Text, tokenizer or shards are wrong."""
+
+
+class SourceError(DataError):
+    """Raw text is missing, empty, or not text."""
+
+
+class VocabularyError(DataError):
+    """A tokenizer, a vocabulary or a token id does not fit."""
+
+
+class ShardError(DataError):
+    """Prepared tokens are missing, half-written or altered."""
+
+
+class RunError(DeptError):
+    """A run cannot go on."""
+
+
+class StoreError(RunError):
+    """A run folder or a snapshot cannot be read or written."""
+
+
+class WrongRunError(RunError):
+    """A run folder belongs to another job."""
+
+
+class SiloError(RunError):
+    """A silo failed, or answered what it was not asked."""
+
+
+class QuorumLost(RunError):  # noqa: N818 - the name that the loop's documentation uses
+    """Too few silos answered for the round to count."""
+
+
+class ClusterError(DeptError):
+    """Ray cannot be reached, or can never hold what the job asks for."""

@@ -1,0 +1,170 @@
+"""All that crosses the network: plain dataclasses of numbers, names and flat numpy arrays.
+
+A round is one `RoundOrder` to each chosen silo and one `SiloUpdate` back. `SiloCard` introduces a silo;
+`SiloStatus` is what it says of itself while it trains. Nothing else is sent. Under SPEC the fields `rows` are None
+in both directions: no row of an embedding is ever in a message.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Score:
+    """Validation figures of one source; sums in nats, divided once where they are read.
+
+    The whole validation split is scored, so `text_bytes` is exact and bits per byte compare across vocabularies.
+    """
+
+    nats: float
+    """Sum of the cross-entropies of all predicted tokens."""
+    tokens: int
+    """Predicted tokens."""
+    text_bytes: int
+    """UTF-8 bytes of the text that those tokens spell."""
+    unigram_nats: float
+    """The same sum under the smoothed unigram model of the source's training tokens."""
+
+
+@dataclass(frozen=True)
+class SiloCard:
+    """How a silo introduces itself. Sizes always; row ids only where rows are shared (TRIM)."""
+
+    silo: str
+    sources: tuple[str, ...]
+    vocabulary_size: int
+    train_tokens: dict[str, int]
+    """Training tokens per source."""
+    owned_rows: np.ndarray | None = None
+    """Sorted global ids (int64) of the rows this silo owns, or None where it shares none."""
+    global_vocabulary_size: int = 0
+    """Rows of the global vocabulary, 0 where there is none."""
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    """Of the prepared tokens of each source: a resumed run must meet the same."""
+    hardware: str = ""
+    """Device, threads and precision, to be printed."""
+
+
+@dataclass(frozen=True)
+class RoundOrder:
+    """What a silo is asked to do: go from a snapshot, take the shared parts, train (or only score), answer.
+
+    `(run, round, attempt)` is the fence: an answer that does not carry it back is refused.
+    """
+
+    run: str
+    silo: str
+    round: int
+    attempt: int
+    after: str | None
+    """The snapshot of this silo that the last committed round names; None: start fresh."""
+    position: dict[str, int]
+    """Blocks already trained per source, as committed."""
+    first_step: int
+    """Global inner step at which this round begins: the place in the cosine."""
+    steps: int
+    """Inner steps to train; 0 only scores."""
+    score: bool
+    """Whether to score validation before training."""
+    fingerprint: str = ""
+    """Digest of `body`; the silo checks what arrived against it."""
+    body: np.ndarray | None = None
+    """Flat fp32 vector of the shared body, or None where bodies stay home."""
+    rows: np.ndarray | None = None
+    """fp32 (V_k + L, D): the shared token rows this silo owns, then the positions; None where embeddings stay home."""
+
+    def without_arrays(self) -> "RoundOrder":
+        """The order alone; arrays travel beside it."""
+        return replace(self, body=None, rows=None)
+
+
+@dataclass(frozen=True)
+class SiloUpdate:
+    """What a silo answers: how far it trained, where it stands, and the deltas (local minus global, equation 1)."""
+
+    run: str
+    silo: str
+    round: int
+    attempt: int
+    fingerprint: str
+    """Of the body that the silo started from."""
+    steps: int
+    tokens: int
+    """Tokens really trained this round: the weight w_k (equation 4)."""
+    position: dict[str, int]
+    snapshot: str | None
+    """Name of the snapshot written before this answer; None where the order only scored."""
+    loss: float
+    """Mean training cross-entropy over the round, nats per token; nan where nothing was trained."""
+    scores: dict[str, Score] = field(default_factory=dict)
+    """Validation per source, measured before training; empty where not asked."""
+    epochs: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall seconds by what was done: load, score, train, save."""
+    body_norm: float = 0.0
+    """L2 norm of the body's delta."""
+    body: np.ndarray | None = None
+    rows: np.ndarray | None = None
+
+    def without_arrays(self) -> "SiloUpdate":
+        """The answer alone; arrays travel beside it."""
+        return replace(self, body=None, rows=None)
+
+
+@dataclass(frozen=True)
+class SiloStatus:
+    """What a silo says of itself at any moment; made without touching the training thread."""
+
+    silo: str
+    doing: str = "waiting"
+    """waiting, loading, scoring, training or saving."""
+    round: int = -1
+    step: int = 0
+    steps: int = 0
+    loss: float = float("nan")
+    """Latest mean training loss that was read, nats per token."""
+    tokens_per_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class SiloSpec:
+    """What a silo is, told once when it is made: its sources and the facts of the method that concern it."""
+
+    silo: str
+    sources: tuple[str, ...]
+    vocabulary: str
+    """global, trimmed or own."""
+    share_body: bool
+    share_rows: bool
+    """Whether token rows and positions travel; if not, they never leave the silo."""
+    reset_embedding: bool
+    """Draw the token embedding anew at the start of each round (ACT)."""
+    threads: int = 1
+    """CPU threads to train with."""
+    gpu: bool = False
+    """Whether it trains on a GPU: where resources.num_gpus > 0."""
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """What a run says of itself at any moment."""
+
+    run: str
+    phase: str = "starting"
+    """starting, training, finished, stopped or failed."""
+    round: int = 0
+    """Rounds committed."""
+    rounds: int = 0
+    """Rounds in all."""
+    error: str = ""
+    """Why it failed."""
+    silos: dict[str, SiloStatus] = field(default_factory=dict)
+    hardware: dict[str, str] = field(default_factory=dict)
+    num_records: int = 0
+    """Records so far; ask for the new ones by number."""
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more will happen."""
+        return self.phase in ("finished", "stopped", "failed")

@@ -1,0 +1,89 @@
+"""Where records go: JSONL (the truth), TensorBoard (a view of it), and lines on a console.
+
+A sink is a callable that takes a record, a plain dictionary (schema: `rounds.ledger`). `Log` gives one record to several.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+Sink = Callable[[Record], None]
+
+
+class Log:
+    """Gives each record to every sink, in order."""
+
+    def __init__(self, *sinks: Sink) -> None:
+        self.sinks = sinks
+
+    def __call__(self, record: Record) -> None:
+        for sink in self.sinks:
+            sink(record)
+
+
+class JsonLines:
+    """Appends one JSON object a line, flushed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __call__(self, record: Record) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+class TensorBoard:
+    """Writes every number of a record under its path, such as `silos/de/loss`, at the record's round."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._writer: Any = None
+
+    def __call__(self, record: Record) -> None:
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # Rounds at or after the first one seen here are being written again: hide what an earlier life left.
+            self._writer = SummaryWriter(str(self.folder), purge_step=record["round"])
+        # Scores of a round's record were measured before its training: they belong to the round before.
+        scored = record["round"] - (record["event"] == "round")
+        for path, value in numbers(record):
+            if path not in ("round", "attempt"):
+                step = scored if path.startswith(("scores/", "mean/")) else record["round"]
+                self._writer.add_scalar(path, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def numbers(record: Record, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Every finite number in a record, by path.
+
+    >>> dict(numbers({"loss": 1.5, "silos": {"de": {"steps": 3, "name": "x"}}}))
+    {'loss': 1.5, 'silos/de/steps': 3.0}
+    """
+    for key, value in record.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from numbers(value, path + "/")
+        elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            yield path, float(value)
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a run so far; a line still being written is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records

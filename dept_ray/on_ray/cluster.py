@@ -1,0 +1,85 @@
+"""Reaching Ray: start a local one when there is none, join the one that is named, and say early what it cannot hold."""
+
+import os
+import socket
+import warnings
+
+import ray
+
+from dept_ray.config import Job
+from dept_ray.errors import ClusterError
+from dept_ray.rounds.methods import silos_of, silos_per_round
+from dept_ray.rounds.pool import resources_of
+
+NAMESPACE = "dept_ray"
+_REACH_TIMEOUT_S = 5.0
+
+
+def connect(address: str | None = None) -> None:
+    """Join the cluster at `address` (or RAY_ADDRESS), else start a Ray of this process alone.
+
+    Raises:
+        ClusterError: nothing answers there.
+    """
+    if ray.is_initialized():
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
+    # Zero-GPU actors must not lose sight of what CUDA_VISIBLE_DEVICES says; Ray warns of the coming default otherwise.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address and address != "local":
+        _check_reachable(address)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if address and address != "local":
+                ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
+            else:
+                # Logical CPUs are for Ray Data's tasks; silos hold none of them.
+                ray.init(
+                    address="local", namespace=NAMESPACE, num_cpus=max(2, os.cpu_count() or 2),
+                    include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+                )  # fmt: skip
+    except (ConnectionError, RuntimeError, ValueError) as err:
+        raise ClusterError(f"no Ray cluster at address {address!r}: {err}") from None
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself retries a wrong address for minutes; a port answers within seconds or not at all."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        if address == "auto":
+            return
+        raise ClusterError(f"Ray address {address!r} is not of the form HOST:PORT, ray://HOST:PORT or auto")
+    try:
+        socket.create_connection((host, int(port)), timeout=_REACH_TIMEOUT_S).close()
+    except OSError as err:
+        raise ClusterError(
+            f"no Ray cluster answers at address {address!r} ({err}): check --address and RAY_ADDRESS, "
+            "or leave both out to start a local Ray"
+        ) from None
+
+
+def check_room(job: Job) -> None:
+    """Refuse what the cluster can never hold: a silo larger than every node, or more GPUs at once than there are.
+
+    Raises:
+        ClusterError: with what was asked and what there is.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    wanted = {silo: resources_of(job, silo) for silo in silos_of(job)}
+    for what, key in (("num_gpus", "GPU"), ("num_cpus", "CPU")):
+        largest = max((node.get(key, 0.0) for node in nodes), default=0.0)
+        total = sum(node.get(key, 0.0) for node in nodes)
+        for silo, resources in wanted.items():
+            if getattr(resources, what) > largest:
+                raise ClusterError(
+                    f"silo {silo} asks for resources.{what} = {getattr(resources, what):g}, but no node of the cluster has more "
+                    f"than {largest:g}: lower it in the job file, or join a cluster that has such a node (--address)"
+                )
+        at_once = sum(getattr(resources, what) for resources in wanted.values())
+        if at_once > total:
+            raise ClusterError(
+                f"{len(wanted)} silos ask for {at_once:g} of resources.{what}, but the cluster has {total:g}: "
+                f"lower resources.{what} (fractions share a GPU), or join a larger cluster; "
+                f"rounds.choose = {silos_per_round(job)} does not help, every silo keeps its place"
+            )

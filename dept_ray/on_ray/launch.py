@@ -1,0 +1,83 @@
+"""Starting a run's coordinator on a cluster, and finding it again."""
+
+import os
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from dept_ray.config import Job
+from dept_ray.errors import ClusterError
+from dept_ray.messages import RunStatus
+from dept_ray.metrics import Record
+from dept_ray.on_ray.actors import CoordinatorActor
+from dept_ray.on_ray.cluster import NAMESPACE
+from dept_ray.on_ray.pool import explain
+
+
+def _name(run: str) -> str:
+    return f"coordinator:{run}"
+
+
+class Coordinator:
+    """A handle on a run's coordinator actor, in plain calls."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    @classmethod
+    def start(cls, job: Job, detach: bool) -> "Coordinator":
+        """Begin (or go on with) a run, on the node of this process, where its run folder is.
+
+        Raises:
+            ClusterError: the run is in progress already.
+        """
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        try:
+            actor = ray.remote(
+                num_cpus=0, max_restarts=-1, max_task_retries=-1, name=_name(job.name), namespace=NAMESPACE,
+                lifetime="detached" if detach else None, scheduling_strategy=here,
+            )(CoordinatorActor).remote(job.model_dump_json(), os.cpu_count() or 1, detach)  # fmt: skip
+        except ValueError:
+            raise ClusterError(
+                f"run {job.name} is in progress on this cluster: follow it with `dept-ray status {job.name}`, "
+                "or give this job another `name`"
+            ) from None
+        return cls(actor)
+
+    @classmethod
+    def find(cls, run: str) -> "Coordinator | None":
+        """The coordinator of a run in progress, or None."""
+        try:
+            return cls(ray.get_actor(_name(run), namespace=NAMESPACE))
+        except ValueError:
+            return None
+
+    def status(self) -> RunStatus:
+        """How the run is; waits while the coordinator restarts.
+
+        Raises:
+            ClusterError: it is gone.
+        """
+        return self._ask("status")
+
+    def new_records(self, since: int) -> list[Record]:
+        """Records from number `since` on."""
+        return self._ask("new_records", since)
+
+    def stop(self) -> None:
+        """End after the round in progress is committed."""
+        self._ask("stop")
+
+    def kill(self) -> None:
+        """End now; the last committed round stands."""
+        ray.kill(self._actor)
+
+    def _ask(self, method: str, *args: Any) -> Any:
+        try:
+            return ray.get(getattr(self._actor, method).remote(*args), timeout=120)
+        except RayActorError as err:
+            raise ClusterError(f"the run's coordinator is gone ({type(err).__name__}); its last committed round stands") from None
+        except RayError as err:
+            raise explain(err) from None

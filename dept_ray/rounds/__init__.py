@@ -1,0 +1,1 @@
+"""*Rounds*: many silos become one body, without Ray."""

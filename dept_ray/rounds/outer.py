@@ -1,0 +1,126 @@
+"""The outer step: equations (1) to (4) of METHOD.md as code, on flat fp32 vectors.
+
+    (1)  g = -sum_k w_k d_k / sum_k w_k                             mean over those who answered
+    (2)  m <- mu m + g;  theta <- theta - eta (g + mu m)            Nesterov, in torch's order of operations
+    (3)  the same per embedding row, over the silos that own it; a row nobody reported does not move,
+         neither in value nor in momentum
+    (4)  w_k = tokens that silo k really trained, times its source's weight
+
+Sums fold in silo-name order, so the result does not depend on who answered first. GLOB is the case in which every silo
+owns every row; there is no other code for it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from dept_ray.config import Job
+from dept_ray.messages import SiloCard, SiloUpdate
+from dept_ray.rounds.state import RunState, rows_of
+
+_CHUNK = 1 << 18
+"""Values folded at a time (1 MiB): the temporary product stays in cache."""
+
+
+def outer_step(job: Job, state: RunState, updates: Mapping[str, SiloUpdate], cards: Mapping[str, SiloCard]) -> RunState:
+    """The state after a round.
+
+    Args:
+        state: theta_{t-1} and its company.
+        updates: the accepted answers, by silo.
+        cards: who owns which rows.
+
+    Returns:
+        A new state, one round on; nothing of the old one is changed.
+    """
+    weights = weights_of(job, updates)
+    outer, changed = job.outer, {}
+    if state.body is not None:
+        g = torch.from_numpy(weighted_mean({k: u.body for k, u in updates.items() if u.body is not None}, weights)).neg_()
+        changed["body"], changed["body_momentum"] = nesterov(state.body, g, state.body_momentum, outer.eta, outer.mu)
+    if state.rows is not None:
+        owners = {k: rows_of(cards[k], len(state.rows)) for k in updates}
+        deltas = {k: u.rows for k, u in updates.items() if u.rows is not None}
+        mean, reported = mean_over_owners(deltas, owners, weights, tuple(state.rows.shape))
+        changed["rows"], changed["rows_momentum"] = _masked_nesterov(
+            state.rows, -mean, reported, state.rows_momentum, outer.rows_lr, outer.rows_momentum
+        )
+    silos = {k: record.after(updates[k]) if k in updates else record for k, record in state.silos.items()}
+    return replace(state, round=state.round + 1, silos=silos, **changed)
+
+
+def weights_of(job: Job, updates: Mapping[str, SiloUpdate]) -> dict[str, float]:
+    """w_k / sum w, equation (4), in silo-name order."""
+    known = {source.name: source.weight for source in job.sources}
+    raw = {name: updates[name].tokens * known.get(name, 1.0) for name in sorted(updates)}
+    total = sum(raw.values())
+    return {name: w / total for name, w in raw.items()}
+
+
+def weighted_mean(deltas: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
+    """sum_k w_k d_k over flat vectors of one length, folded in silo-name order: (n,) fp32.
+
+    >>> weighted_mean({"b": np.float32([4, 0]), "a": np.float32([0, 8])}, {"a": 0.25, "b": 0.75}).tolist()
+    [3.0, 2.0]
+    """
+    names = sorted(deltas)
+    total = np.zeros_like(deltas[names[0]])
+    for start in range(0, len(total), _CHUNK):
+        here = slice(start, start + _CHUNK)
+        for name in names:
+            total[here] += deltas[name][here] * np.float32(weights[name])
+    return total
+
+
+def mean_over_owners(
+    deltas: Mapping[str, np.ndarray], owners: Mapping[str, np.ndarray | slice], weights: Mapping[str, float], shape: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Equation (3)'s mean: for each row over the silos that own it.
+
+    Args:
+        deltas: (V_k, D) by silo.
+        owners: which rows of the whole those are.
+        weights: w_k.
+        shape: (V, D) of the whole.
+
+    Returns:
+        The mean, (V, D) fp32, zero where nobody reported; and the reported rows, (V,) bool.
+    """
+    total, count = np.zeros(shape, np.float32), np.zeros(shape[0], np.float64)
+    for name in sorted(deltas):
+        total[owners[name]] += deltas[name] * np.float32(weights[name])
+        count[owners[name]] += weights[name]
+    reported = count > 0
+    total[reported] /= count[reported, None].astype(np.float32)
+    return torch.from_numpy(total), torch.from_numpy(reported)
+
+
+def nesterov(
+    theta: torch.Tensor, g: torch.Tensor, m: torch.Tensor | None, eta: float, mu: float
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Equation (2), bit for bit `torch.optim.SGD(lr=eta, momentum=mu, nesterov=True)`.
+
+    Returns:
+        New theta and m; m stays None where mu = 0.
+    """
+    if mu == 0:
+        return theta.add(g, alpha=-eta), m
+    m = g.clone() if m is None else m.mul(mu).add_(g)
+    return theta.add(g.add(m, alpha=mu), alpha=-eta), m
+
+
+def _masked_nesterov(
+    rows: torch.Tensor, g: torch.Tensor, reported: torch.Tensor, m: torch.Tensor | None, eta: float, mu: float
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Equation (2) on the reported rows; the others stay as they are."""
+    if mu > 0 and m is None:
+        m = torch.zeros_like(rows)
+    moved, moved_m = nesterov(rows[reported], g[reported], m[reported] if m is not None else None, eta, mu)
+    rows = rows.clone()
+    rows[reported] = moved
+    if m is not None and moved_m is not None:
+        m = m.clone()
+        m[reported] = moved_m
+    return rows, m

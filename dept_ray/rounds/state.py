@@ -1,0 +1,87 @@
+"""What a run *is* between two rounds: one immutable value, saved whole or not at all.
+
+Where bodies stay home `body` is None; where embeddings stay home `rows` is None. `rows` holds the V token rows of the
+global vocabulary and, below them, the L learned positions: positions are rows that everybody owns.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from dept_ray.config import Job
+from dept_ray.errors import SiloError
+from dept_ray.messages import SiloCard, SiloUpdate
+from dept_ray.rounds.methods import Method
+from dept_ray.silo.model import Layout
+from dept_ray.silo.silo import fresh_body, fresh_embedding
+
+
+@dataclass(frozen=True)
+class SiloRecord:
+    """What the run knows of one silo."""
+
+    snapshot: str | None = None
+    """Its snapshot after the last round it took part in; None: it never did."""
+    position: dict[str, int] = field(default_factory=dict)
+    rounds: int = 0
+    tokens: int = 0
+
+    def after(self, update: SiloUpdate) -> "SiloRecord":
+        """The record once an update has counted."""
+        return SiloRecord(update.snapshot, update.position, self.rounds + 1, self.tokens + update.tokens)
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Everything that a committed round is."""
+
+    round: int
+    """Rounds committed."""
+    silos: dict[str, SiloRecord]
+    body: torch.Tensor | None = None
+    """theta: (n,) fp32 in the order of `Layout`."""
+    rows: torch.Tensor | None = None
+    """phi and psi: (V + L, D) fp32."""
+    body_momentum: torch.Tensor | None = None
+    rows_momentum: torch.Tensor | None = None
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """By name, those that are there."""
+        named = {"body": self.body, "rows": self.rows, "body_momentum": self.body_momentum, "rows_momentum": self.rows_momentum}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def fresh_state(job: Job, method: Method, cards: dict[str, SiloCard]) -> RunState:
+    """The state before the first round: theta_0, phi_0 and psi_0 drawn from the seed."""
+    body = rows = None
+    if method.share_body:
+        module = fresh_body(job)
+        named = dict(module.named_parameters())
+        body = torch.cat([named[name].detach().flatten() for name in Layout.of(module).names])
+    if method.share_rows != "none":
+        embedding = fresh_embedding(job, shared_vocabulary(cards), "shared")
+        tables = [embedding.tokens, embedding.positions]
+        rows = torch.cat([table.detach() for table in tables if table is not None])
+    silos = {name: SiloRecord(position=dict.fromkeys(card.sources, 0)) for name, card in cards.items()}
+    return RunState(0, silos, body, rows)
+
+
+def shared_vocabulary(cards: dict[str, SiloCard]) -> int:
+    """V, on which all silos that share rows must agree.
+
+    Raises:
+        SiloError: they do not.
+    """
+    sizes = {card.silo: card.global_vocabulary_size for card in cards.values()}
+    if len(set(sizes.values())) > 1:
+        raise SiloError(f"the silos were prepared with different global vocabularies: {sizes}; run `dept-ray prepare` again")
+    return next(iter(sizes.values()))
+
+
+def rows_of(card: SiloCard, num_rows: int) -> np.ndarray | slice:
+    """Indices into `RunState.rows` of what a silo owns: its token rows, then all positions."""
+    if card.owned_rows is None:
+        return slice(None)
+    return np.concatenate([card.owned_rows, np.arange(card.global_vocabulary_size, num_rows)])

@@ -1,0 +1,201 @@
+"""The run folder: the one place where a round becomes a fact.
+
+    runs/<run>/config.json  environment.json  metrics.jsonl  tensorboard/
+    runs/<run>/rounds/000012/{body,rows,body_momentum,rows_momentum}.safetensors  manifest.json
+
+A round's tensors are written first; its manifest, which names them with their checksums, each silo's snapshot and position,
+and the round's own record, is renamed into place last. Without a manifest there is no round. Older rounds go only after.
+"""
+
+import json
+import platform
+import shutil
+import time
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from dept_ray.config import Job
+from dept_ray.draws import checksum
+from dept_ray.errors import StoreError, WrongRunError
+from dept_ray.metrics import read_records
+from dept_ray.rounds.state import RunState, SiloRecord
+from dept_ray.text.shards import write_atomically
+
+FORMAT = 1
+
+
+def run_folder(job: Job) -> Path:
+    """Where a job's run is kept."""
+    return Path(job.folder) / "runs" / job.name
+
+
+class RunStore:
+    """One run's folder, open for writing.
+
+    Raises:
+        WrongRunError: the folder belongs to another job.
+        StoreError: it cannot be written.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.folder = job, run_folder(job)
+        try:
+            (self.folder / "rounds").mkdir(parents=True, exist_ok=True)
+            config = self.folder / "config.json"
+            if config.exists():
+                self._check_owner(config)
+            else:
+                about = {"fingerprint": job.fingerprint, "job": job.model_dump(mode="json")}
+                write_atomically(config, json.dumps(about, indent=1).encode())
+            write_atomically(self.folder / "environment.json", json.dumps(_environment(), indent=1).encode())
+            self._mend_metrics()
+        except OSError as err:
+            raise StoreError(f"run folder {self.folder} cannot be written ({err}): mend it or set `folder`") from err
+
+    def _check_owner(self, config: Path) -> None:
+        try:
+            stored = json.loads(config.read_text())
+        except ValueError as err:
+            raise StoreError(f"{config} cannot be read ({err}): restore it, or choose another name for the run") from None
+        if stored["fingerprint"] != self.job.fingerprint:
+            theirs, ours = _flat(stored["job"]), _flat(self.job.model_dump(mode="json"))
+            differs = [f"{k}: {theirs.get(k)!r} there, {ours.get(k)!r} here" for k in sorted(theirs | ours) if theirs.get(k) != ours.get(k)]
+            shown = "; ".join(d for d in differs if not d.startswith(("folder", "resources")))
+            raise WrongRunError(
+                f"run folder {self.folder} belongs to another job ({shown}): give this job another `name`, or delete the folder"
+            )
+
+    @property
+    def metrics(self) -> Path:
+        """The records, one JSON object a line."""
+        return self.folder / "metrics.jsonl"
+
+    def save(self, state: RunState, record: dict[str, Any], corpora: dict[str, str]) -> None:
+        """Make a round a fact.
+
+        Args:
+            state: after the round.
+            record: the round's record, kept in the manifest so that it is never lost.
+            corpora: fingerprint of each source's prepared tokens.
+
+        Raises:
+            StoreError: it cannot be written; the round before is untouched.
+        """
+        from safetensors.torch import save
+
+        folder = self.folder / "rounds" / f"{state.round:06d}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            files = {}
+            for name, tensor in state.tensors.items():
+                blob = save({name: tensor})
+                write_atomically(folder / f"{name}.safetensors", blob)
+                files[name] = checksum(blob)
+            manifest = {
+                "format": FORMAT,
+                "run": self.job.name,
+                "fingerprint": self.job.fingerprint,
+                "round": state.round,
+                "files": files,
+                "silos": {name: asdict(silo) for name, silo in state.silos.items()},
+                "corpora": corpora,
+                "record": record,
+            }
+            write_atomically(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+        except OSError as err:
+            raise StoreError(f"round {state.round} cannot be written to {folder} ({err}); round {state.round - 1} stands") from err
+        for old in self.rounds()[: -self.job.rounds.keep]:
+            shutil.rmtree(self.folder / "rounds" / f"{old:06d}", ignore_errors=True)
+
+    def rounds(self) -> list[int]:
+        """Committed rounds on disk, oldest first."""
+        return sorted(int(path.parent.name) for path in (self.folder / "rounds").glob("*/manifest.json"))
+
+    def load(self, corpora: dict[str, str]) -> RunState | None:
+        """The last committed round, or None for a run that has none.
+
+        Raises:
+            StoreError: its files are missing or altered.
+            WrongRunError: the prepared tokens are not those that it was trained on.
+        """
+        rounds = self.rounds()
+        if not rounds:
+            return None
+        state, manifest = load_round(self.folder, rounds[-1])
+        for source, fingerprint in manifest["corpora"].items():
+            if corpora.get(source, fingerprint) != fingerprint:
+                raise WrongRunError(
+                    f'run {self.job.name} was trained on other tokens of source "{source}" (fingerprint {fingerprint}, '
+                    f"now {corpora[source]}): restore the prepared data, or give the job another `name`"
+                )
+        return state
+
+    def _mend_metrics(self) -> None:
+        """Records of committed rounds and no others: a crash may have lost a line, or left one of no fact."""
+        rounds = self.rounds()
+        records = [r for r in read_records(self.metrics) if rounds and r["event"] == "round" and r["round"] < rounds[-1]]
+        if rounds:
+            manifest = read_manifest(self.folder / "rounds" / f"{rounds[-1]:06d}")
+            records.append(manifest["record"])
+        write_atomically(self.metrics, "".join(json.dumps(record) + "\n" for record in records).encode())
+
+
+def load_round(folder: Path, round: int) -> tuple[RunState, dict[str, Any]]:
+    """A committed round and its manifest.
+
+    Raises:
+        StoreError: a file is missing or altered.
+    """
+    from safetensors.torch import load
+
+    where = folder / "rounds" / f"{round:06d}"
+    manifest = read_manifest(where)
+    try:
+        tensors = {}
+        for name, expected in manifest["files"].items():
+            blob = (where / f"{name}.safetensors").read_bytes()
+            if checksum(blob) != expected:
+                raise StoreError(f"{where / name}.safetensors was altered: restore it, or delete {where} to go back a round")
+            tensors[name] = load(blob)[name]
+        silos = {name: SiloRecord(**silo) for name, silo in manifest["silos"].items()}
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        raise StoreError(f"round {round} in {where} cannot be read ({err}): restore it, or delete the folder to go back a round") from err
+    return RunState(manifest["round"], silos, **tensors), manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What a committed round says of itself.
+
+    Raises:
+        StoreError: it cannot be read.
+    """
+    try:
+        return json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError) as err:
+        raise StoreError(f"{folder}/manifest.json cannot be read ({err}): restore it, or delete {folder} to go back a round") from err
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted key."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if pairs is None:
+        return {prefix: value}
+    return {k: v for key, inner in pairs for k, v in _flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()}
+
+
+def _environment() -> dict[str, Any]:
+    names = ("dept-ray", "torch", "ray", "numpy", "tokenizers", "datasets", "pyarrow")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "packages": versions,
+    }

@@ -1,0 +1,1 @@
+"""*Silo*: one source's whole training, in pure PyTorch, without Ray."""

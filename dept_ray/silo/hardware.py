@@ -1,0 +1,79 @@
+"""What a silo runs on, and every choice that follows from it, in one place (SPEED.md): device, threads, precision, compilation.
+
+Chosen from the job and the machine alone, never from how far the run is, so that a resumed run makes the same choices
+and therefore the same bits. Attention and the loss choose for themselves, by device and size (`attention`, `loss`).
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from dept_ray.config import Job
+from dept_ray.errors import ClusterError
+
+MALLOC_SETTINGS = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 33),
+    "MALLOC_TOP_PAD_": str(1 << 26),
+}
+"""Environment of a CPU silo's process: glibc keeps big blocks instead of faulting them in at every step (x1.6).
+
+They must be there before the process starts; they change speed, never results."""
+
+_COMPILE_PAYS_AFTER_STEPS = 3000
+"""On 2 CPU cores a cold compile costs 9 to 22 s per process and saves some 5 ms a step."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The choices, to be printed."""
+
+    device: str
+    threads: int
+    autocast: bool
+    compile: bool
+    micro_batch: int
+
+    def __str__(self) -> str:
+        words = [self.device, f"{self.threads} thread{'s' * (self.threads > 1)}", "bf16" if self.autocast else "fp32"]
+        return ", ".join(words + ["compiled"] * self.compile)
+
+    @property
+    def device_type(self) -> str:
+        """cpu or cuda."""
+        return self.device.split(":")[0]
+
+
+def threads_for(job: Job, silos: int, cores: int | None = None) -> int:
+    """CPU threads of each of `silos` that share a machine.
+
+    Silos with more threads than cores between them run at a quarter of the speed (SPEED.md).
+    """
+    return job.inner.threads or max(1, (cores or os.cpu_count() or 1) // silos)
+
+
+def choose_hardware(job: Job, threads: int, gpu: bool) -> Hardware:
+    """The choices for a silo in this process.
+
+    Raises:
+        ClusterError: a GPU is asked for, and this process sees none.
+    """
+    if gpu and not torch.cuda.is_available():
+        raise ClusterError("resources.num_gpus is above 0, but this process sees no CUDA GPU: set it to 0 to train on the CPU")
+    device = "cuda" if gpu else "cpu"
+    autocast = job.inner.precision == "bf16" or (job.inner.precision == "auto" and _has_bf16(device))
+    compile_ = job.inner.compile == "always" or (
+        job.inner.compile == "auto" and job.total_steps >= _COMPILE_PAYS_AFTER_STEPS
+    )
+    micro_batch = job.inner.micro_batch or (job.inner.batch_size if device == "cpu" else min(16, job.inner.batch_size))
+    if job.inner.batch_size % micro_batch:
+        micro_batch = 1
+    return Hardware(device, threads, autocast, compile_, micro_batch)
+
+
+def _has_bf16(device: str) -> bool:
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported()
+    # On processors without these instructions bf16 is emulated and slower than fp32.
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

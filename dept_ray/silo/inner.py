@@ -1,0 +1,130 @@
+"""N optimizer steps on one source: the part of Algorithm 1 that runs inside a silo.
+
+One step is: accumulate micro-batches, clip, AdamW, next. Nothing in it waits for the device: losses stay there and are
+read once at the end (and a few times a minute for whoever watches). The learning rate is a function of the *global*
+step, so a silo that skipped rounds or joined late stands where all others stand.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dept_ray.config import Job
+from dept_ray.silo.hardware import Hardware
+from dept_ray.silo.model import Embedding, LanguageModel, Layout
+
+_WATCH_EVERY_S = 1.0
+
+
+def cosine(step: int, *, steps: int, warmup: int, peak: float, floor: float) -> float:
+    """Learning rate of step 0, 1, ...: linear warm-up, then a cosine to `floor * peak` (METHOD.md section 2).
+
+    >>> [round(cosine(s, steps=12, warmup=2, peak=1.0, floor=0.1), 3) for s in (0, 1, 2, 7, 11)]
+    [0.5, 1.0, 1.0, 0.55, 0.122]
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def make_optimizer(job: Job, body: torch.Tensor, layout: Layout, body_grad: torch.Tensor, embedding: Embedding) -> torch.optim.AdamW:
+    """AdamW over the flat body (matrices, then vectors), the tokens and the positions; decay on matrices only."""
+
+    def part(start: int, stop: int) -> torch.nn.Parameter:
+        parameter = torch.nn.Parameter(body[start:stop])
+        parameter.grad = body_grad[start:stop]
+        return parameter
+
+    groups = [
+        {"params": [part(0, layout.matrix_size)], "weight_decay": job.inner.weight_decay, "name": "matrices"},
+        {"params": [part(layout.matrix_size, layout.size)], "weight_decay": 0.0, "name": "vectors"},
+        {"params": [embedding.tokens], "weight_decay": 0.0, "name": "tokens"},
+    ]
+    if embedding.positions is not None:
+        groups.append({"params": [embedding.positions], "weight_decay": 0.0, "name": "positions"})
+    return torch.optim.AdamW(groups, lr=job.inner.lr, betas=job.inner.betas, eps=job.inner.eps, fused=True)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a round of inner steps did."""
+
+    steps: int
+    tokens: int
+    loss: float
+    """Mean cross-entropy over the round, nats per token; nan without a step."""
+
+
+def train_steps(
+    model: LanguageModel,
+    loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    optimizer: torch.optim.AdamW,
+    batches: Iterable[np.ndarray],
+    *,
+    job: Job,
+    hardware: Hardware,
+    first_step: int,
+    steps: int,
+    embedding_period: int | None,
+    should_stop: Callable[[], bool],
+    watch: Callable[[int, float, float], None],
+) -> Trained:
+    """Train on batches until they end or one is asked to stop.
+
+    Args:
+        model: whose parameters `optimizer` steps.
+        loss_of: (B, T) ids and targets -> summed nats; `model.loss` or its compiled twin.
+        batches: (B, T + 1) local ids each.
+        first_step: global step of the first batch.
+        steps: how many batches there will be.
+        embedding_period: steps of the embedding's own cosine (ACT); None: the global one.
+        should_stop: asked between steps.
+        watch: called about once a second with (steps done, mean loss so far, tokens/s).
+
+    Returns:
+        How far it came; gradients are left at zero.
+    """
+    inner = job.inner
+    losses = torch.zeros(max(steps, 1), device=hardware.device)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    done, began, watched = 0, time.perf_counter(), time.perf_counter()
+    tokens_per_step = inner.batch_size * inner.context
+    model.train()
+    for batch in batches:
+        if should_stop():
+            break
+        _set_rates(optimizer, job, first_step + done, embedding_period)
+        ids = torch.from_numpy(batch.astype(np.int64))
+        if hardware.device_type == "cuda":
+            ids = ids.pin_memory().to(hardware.device, non_blocking=True)
+        with torch.autocast(hardware.device_type, torch.bfloat16, enabled=hardware.autocast):
+            for rows in ids.split(hardware.micro_batch):
+                loss = loss_of(rows[:, :-1], rows[:, 1:]) / tokens_per_step
+                loss.backward()
+                losses[done] += loss.detach()
+        torch.nn.utils.clip_grad_norm_(parameters, inner.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        done += 1
+        now = time.perf_counter()
+        if now - watched > _WATCH_EVERY_S:
+            watch(done, losses[max(0, done - 50) : done].mean().item(), done * tokens_per_step / (now - began))
+            watched = now
+    mean = losses[:done].double().mean().item() if done else math.nan
+    return Trained(done, done * tokens_per_step, mean)
+
+
+def _set_rates(optimizer: torch.optim.AdamW, job: Job, step: int, embedding_period: int | None) -> None:
+    inner = job.inner
+    rate = cosine(step, steps=job.total_steps, warmup=inner.warmup_steps, peak=inner.lr, floor=inner.lr_floor)
+    tokens_rate = rate
+    if embedding_period is not None:
+        warmup = min(inner.warmup_steps, embedding_period // 10)
+        tokens_rate = cosine(step % embedding_period, steps=embedding_period, warmup=warmup, peak=inner.lr, floor=inner.lr_floor)
+    for group in optimizer.param_groups:
+        group["lr"] = tokens_rate if group["name"] == "tokens" else rate

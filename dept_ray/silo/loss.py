@@ -1,0 +1,95 @@
+"""The cross-entropy of a tied head, summed in nats, without ever holding the logits of a whole batch.
+
+It does not average: sums are divided once, where they are read. The one idea: the gradient of a sum of cross-entropies
+is known as soon as a chunk's logits are, so each chunk leaves its share of both gradients behind in the forward pass
+and its logits are forgotten. Nothing is computed twice, and memory is one chunk instead of three times (N, V).
+
+torch's own `F.linear_cross_entropy` does the same, but on bf16 it returns the *sum* in bf16 (three digits) and
+multiplies in fp32. At N=4096, V=50257, D=256 on one thread of an EPYC, seconds and MiB at the peak:
+
+                            fp32           bf16 autocast
+    logits at once          3.4   2330     2.5   2380
+    checkpoint per chunk    5.1    390     3.5    480
+    torch, chunked          5.2    140     5.4    150
+    here, 512 rows          3.0    320     2.2    370
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+IGNORED = -100
+"""A target that is not scored; torch's own convention."""
+
+CHUNK_ROWS = {"cpu": 512, "cuda": 4096}
+"""Rows of logits held at once. CPU: measured; below 256 the (V, D) gradient is added up too often, above 1024 the
+chunk leaves the cache. A GPU wants products large enough to fill it."""
+CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
+"""Upper bound of a chunk in fp32, which makes rows fewer from V = 131,072 (CPU) or 65,536 (CUDA) on."""
+COMPILED_CHUNKS = 8
+"""torch.compile unrolls the loop over chunks: 8 chunks took 19 s to compile, 16 took 38 s."""
+
+
+def linear_cross_entropy(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int | None = None
+) -> torch.Tensor:
+    """Sum of -log softmax(x weight^T)[target] in nats over the targets that are not `IGNORED`.
+
+    x: (N, D), weight: (V, D), targets: (N,) int64 -> 0-dim fp32. Products are computed in autocast's dtype where it is
+    on, all else in fp32; gradients have the dtypes of x and weight. `rows` overrides how many rows make a chunk.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if rows is None:
+        rows = _chunk_rows(x.shape[0], weight.shape[0], device)
+    training = torch.is_grad_enabled()
+    wanted = (training and x.requires_grad, training and weight.requires_grad)
+    total: Any = _LinearCrossEntropy.apply(x, weight, targets, rows, dtype, wanted)
+    return total
+
+
+def _chunk_rows(N: int, V: int, device: str) -> int:
+    kind = "cpu" if device == "cpu" else "cuda"
+    rows = max(1, min(CHUNK_ROWS[kind], CHUNK_BYTES[kind] // (4 * V)))
+    return max(rows, -(-N // COMPILED_CHUNKS)) if torch.compiler.is_compiling() else rows
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Forward: loss and both gradients, chunk by chunk. Backward: scale them. Not differentiable twice."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        rows: int,
+        dtype: torch.dtype,
+        wanted: tuple[bool, bool],
+    ) -> torch.Tensor:
+        head = weight.to(dtype)
+        total = torch.zeros((), dtype=torch.float32, device=x.device)
+        x_grads: list[torch.Tensor] = []
+        weight_grad = torch.zeros_like(weight) if wanted[1] else None
+        for x_rows, target_rows in zip(x.to(dtype).split(rows), targets.split(rows), strict=True):
+            scored = (target_rows != IGNORED)[:, None]
+            at = target_rows[:, None].where(scored, 0)
+            logits = F.linear(x_rows, head).float()  # (rows, V)
+            log_sum = logits.logsumexp(1, keepdim=True)
+            total += (log_sum - logits.gather(1, at)).where(scored, 0).sum()
+            if any(wanted):
+                # In place: probabilities, minus one at the target, zero where nothing is scored.
+                grad = logits.sub_(log_sum).exp_()
+                grad = grad.scatter_add_(1, at, torch.full_like(log_sum, -1)).mul_(scored).to(dtype)
+                if wanted[0]:
+                    x_grads.append((grad @ head).to(x.dtype))
+                if weight_grad is not None:
+                    weight_grad += grad.mT @ x_rows
+        ctx.save_for_backward(torch.cat(x_grads) if wanted[0] else None, weight_grad)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (scale,) = grads
+        return *(None if saved is None else saved * scale for saved in ctx.saved_tensors), None, None, None, None

@@ -1,0 +1,89 @@
+"""How well a model knows a source: the whole validation split, in nats and in bytes.
+
+Sums of nats are kept and divided once, where a figure is read (`perplexity`, `bits_per_byte`, `normalised`).
+Bits per byte is the headline: it compares across vocabularies, perplexity does not (METHOD.md section 4).
+"""
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+from dept_ray.messages import Score
+from dept_ray.silo.hardware import Hardware
+from dept_ray.silo.model import IGNORED, LanguageModel
+from dept_ray.text.shards import Corpus
+from dept_ray.text.tokenizer import Vocabulary
+
+
+@torch.no_grad()
+def score_corpus(model: LanguageModel, corpus: Corpus, vocabulary: Vocabulary, context: int, rows: int, hardware: Hardware) -> Score:
+    """Cross-entropy of a corpus's validation split.
+
+    Args:
+        model: of the vocabulary's rows.
+        corpus: prepared tokens, global ids.
+        vocabulary: global ids -> rows.
+        context: T; each sequence of the split starts afresh.
+        rows: sequences per forward pass.
+
+    Returns:
+        Sums over every predicted token of the split, end-of-text included.
+    """
+    surprise = corpus.unigram_nats(vocabulary)
+    nats = torch.zeros((), dtype=torch.float64, device=hardware.device)
+    unigram, tokens = 0.0, 0
+    was_training = model.training
+    model.eval()
+    for inputs, targets in corpus.validation.sweep(context, rows):
+        real = targets >= 0
+        local = vocabulary.to_local(np.where(real, targets, corpus.end_of_text)).astype(np.int64)
+        unigram += float(surprise[local[real]].sum())
+        tokens += int(real.sum())
+        x = torch.from_numpy(vocabulary.to_local(np.where(real, inputs, corpus.end_of_text)).astype(np.int64))
+        y = torch.from_numpy(np.where(real, local, IGNORED))
+        with torch.autocast(hardware.device_type, torch.bfloat16, enabled=hardware.autocast):
+            nats += model.loss(x.to(hardware.device), y.to(hardware.device)).double()
+    model.train(was_training)
+    return Score(float(nats), tokens, corpus.validation.text_bytes, unigram)
+
+
+def loss(score: Score) -> float:
+    """Nats per token."""
+    return score.nats / max(1, score.tokens)
+
+
+def perplexity(score: Score) -> float:
+    """exp of nats per token; compares within one vocabulary only."""
+    return math.exp(min(loss(score), 700.0))
+
+
+def bits_per_byte(score: Score) -> float:
+    """Bits per UTF-8 byte of the text; compares across vocabularies."""
+    return score.nats / math.log(2) / max(1, score.text_bytes)
+
+
+def unigram_bits_per_byte(score: Score) -> float:
+    """Bits per byte of the smoothed unigram model of the same tokens."""
+    return score.unigram_nats / math.log(2) / max(1, score.text_bytes)
+
+
+def normalised(score: Score) -> float:
+    """Unigram-normalised cross-entropy, nats per token: CE_model - CE_unigram; the lower, the more was learnt."""
+    return (score.nats - score.unigram_nats) / max(1, score.tokens)
+
+
+def macro(values: Iterable[float]) -> float:
+    """Mean over sources, each counting once."""
+    found = list(values)
+    return sum(found) / len(found) if found else math.nan
+
+
+def pooled(scores: Iterable[Score]) -> Score:
+    """All sources as one text: sums, for token- and byte-weighted means."""
+    found = list(scores)
+    return Score(
+        sum(s.nats for s in found), sum(s.tokens for s in found), sum(s.text_bytes for s in found),
+        sum(s.unigram_nats for s in found),
+    )  # fmt: skip

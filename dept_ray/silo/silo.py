@@ -1,0 +1,313 @@
+"""One source's whole state and its one duty: obey a `RoundOrder`, return a `SiloUpdate`.
+
+A silo owns text, vocabulary, embedding, optimizer moments and, where bodies stay home, its own body. What it holds in
+memory is always "after snapshot X"; an order that says otherwise makes it reload X, or begin afresh. So a silo
+that ran ahead of a lost round, died, or moved to another machine continues exactly where the manifest says.
+Knows nothing of other silos, of the outer step, or of Ray.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dept_ray.config import Job
+from dept_ray.draws import checksum, seed_for
+from dept_ray.errors import SiloError
+from dept_ray.messages import RoundOrder, Score, SiloCard, SiloSpec, SiloStatus, SiloUpdate
+from dept_ray.silo.hardware import choose_hardware
+from dept_ray.silo.inner import Trained, make_optimizer, train_steps
+from dept_ray.silo.model import Body, Embedding, LanguageModel, Layout, flatten_parameters, initialise
+from dept_ray.silo.score import score_corpus
+from dept_ray.silo.snapshot import load_snapshot, prune_snapshots, save_snapshot, snapshot_name
+from dept_ray.text.prepare import corpus_folder
+from dept_ray.text.shards import Corpus, open_corpus
+from dept_ray.text.stream import MixedStream, Position, Read, Stream
+from dept_ray.text.tokenizer import Vocabulary
+
+NOWHERE = "nowhere"
+"""What memory is after before it was loaded, or while it trains: equal to no snapshot."""
+
+
+def silo_folder(job: Job, silo: str) -> Path:
+    """Where a silo's snapshots of this run are."""
+    return job.storage_of(silo) / "silos" / job.name / silo
+
+
+def open_corpora(job: Job, spec: SiloSpec) -> dict[str, Corpus]:
+    """The prepared tokens of a silo's sources.
+
+    Raises:
+        ShardError: a source is not prepared, its shards were altered, or it is smaller than a batch.
+    """
+    kind = "own" if spec.vocabulary == "own" else "global"
+    return {name: open_corpus(corpus_folder(job, name, kind)) for name in spec.sources}
+
+
+def vocabulary_of(spec: SiloSpec, corpora: dict[str, Corpus]) -> Vocabulary:
+    """The rows of a silo: what its source uses, or everything."""
+    corpus = next(iter(corpora.values()))
+    return corpus.trimmed if spec.vocabulary == "trimmed" else corpus.vocabulary
+
+
+def fresh_body(job: Job) -> Body:
+    """theta_0: the same for every silo and the coordinator."""
+    body = Body(job.model)
+    initialise(body, torch.Generator().manual_seed(seed_for(job.seed, "body")))
+    return body
+
+
+def fresh_embedding(job: Job, size: int, *labels: str | int) -> Embedding:
+    """phi_0 and psi_0 of `size` rows, N(0, 0.02), drawn from labels (equation 5)."""
+    embedding = Embedding(size, job.model, job.positions)
+    initialise(embedding, torch.Generator().manual_seed(seed_for(job.seed, "embedding", *labels)))
+    return embedding
+
+
+class Silo:
+    """One source in training.
+
+    Args:
+        job: the run.
+        spec: what this silo is.
+        read: how blocks become tokens; None reads the shards in this process.
+        clock: seconds, for what is reported.
+
+    Raises:
+        ShardError: its shards are missing or altered, or too few for one batch.
+    """
+
+    def __init__(self, job: Job, spec: SiloSpec, read: Read | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.job, self.spec, self._clock = job, spec, clock
+        self.hardware = choose_hardware(job, spec.threads, spec.gpu)
+        self.corpora = open_corpora(job, spec)
+        self.vocabulary = vocabulary_of(spec, self.corpora)
+        self.stream = self._make_stream(read or (lambda name, blocks: self.corpora[name].train.read(blocks, job.inner.context)))
+        self.layout = Layout.of(body := Body(job.model))
+        self.model = LanguageModel(body, Embedding(self.vocabulary.size, job.model, job.positions)).to(self.hardware.device)
+        self.body, self._body_grad = flatten_parameters(self.model.body, self.layout)
+        self._loss_of = torch.compile(self.model.loss) if self.hardware.compile else self.model.loss
+        self._optimizer = self._new_optimizer()
+        self._after: str | None = NOWHERE
+        self._stop_at: tuple[int, int] | None = None
+        self.status = SiloStatus(spec.silo)
+
+    # ------------------------------------------------------------------------------------ what others may ask
+    def card(self) -> SiloCard:
+        """Who this is; no row ids and no tokens unless rows are shared."""
+        share = self.spec.share_rows
+        return SiloCard(
+            silo=self.spec.silo,
+            sources=self.spec.sources,
+            vocabulary_size=self.vocabulary.size,
+            train_tokens={name: corpus.train.tokens for name, corpus in self.corpora.items()},
+            fingerprints={name: corpus.fingerprint for name, corpus in self.corpora.items()},
+            owned_rows=self.vocabulary.ids if share else None,
+            global_vocabulary_size=self.vocabulary.global_size if share else 0,
+            hardware=str(self.hardware),
+        )
+
+    def stop(self, round: int, attempt: int) -> None:
+        """Ask the training of that round to hand in what it has; may be called from another thread."""
+        self._stop_at = (round, attempt)
+
+    def obey(self, order: RoundOrder) -> SiloUpdate:
+        """Train (or only score) as ordered.
+
+        Returns:
+            The update with deltas of what is shared; the silo's snapshot is on disk before it returns.
+
+        Raises:
+            SiloError: the order does not fit this silo.
+            StoreError: the snapshot it names cannot be read, or the new one not be written.
+        """
+        torch.set_num_threads(self.spec.threads)
+        seconds: dict[str, float] = {}
+        self._say("loading", order)
+        with self._timed("load", seconds):
+            self._restore(order.after)
+            self._take(order)
+        scores: dict[str, Score] = {}
+        if order.score:
+            self._say("scoring", order)
+            with self._timed("score", seconds):
+                scores = self.score()
+        if order.steps == 0:
+            self._say("waiting", order)
+            return self._answer(order, Trained(0, 0, float("nan")), None, order.position, scores, seconds)
+        self._after = NOWHERE  # until it is saved, what is in memory has no name
+        with self._timed("train", seconds):
+            trained = self._train(order)
+        position = self.stream.advance(order.position, trained.steps)
+        self.stream.read_ahead(position, order.steps)
+        self._say("saving", order)
+        with self._timed("save", seconds):
+            snapshot = self._save(order, position)
+        update = self._answer(order, trained, snapshot, position, scores, seconds)
+        if order.body is not None:
+            delta = self.body.cpu().numpy() - order.body
+            update = replace(update, body=delta, body_norm=float(np.linalg.norm(delta.astype(np.float64))))
+        if order.rows is not None:
+            update = replace(update, rows=self._rows() - order.rows)
+        self._say("waiting", order)
+        return update
+
+    def score(self) -> dict[str, Score]:
+        """Validation of every source, with the parameters as they are."""
+        rows = max(1, 8192 // self.job.inner.context)
+        return {
+            name: score_corpus(self.model, corpus, self.vocabulary, self.job.inner.context, rows, self.hardware)
+            for name, corpus in self.corpora.items()
+        }
+
+    # ------------------------------------------------------------------------------------ the parts of obeying
+    def _train(self, order: RoundOrder) -> Trained:
+        self._say("training", order)
+        if self.spec.reset_embedding and order.round > 0:
+            self._draw_tokens(order.round)
+        return train_steps(
+            self.model,
+            self._loss_of,
+            self._optimizer,
+            (self.vocabulary.to_local(batch) for batch in self.stream.batches(order.position, order.steps)),
+            job=self.job,
+            hardware=self.hardware,
+            first_step=order.first_step,
+            steps=order.steps,
+            embedding_period=self.job.inner.local_steps if self.spec.reset_embedding else None,
+            should_stop=lambda: self._stop_at == (order.round, order.attempt),
+            watch=lambda step, loss, rate: self._say("training", order, step=step, loss=loss, tokens_per_s=rate),
+        )
+
+    def _restore(self, after: str | None) -> None:
+        """Make memory equal to a snapshot (None: to a fresh silo), unless it is already."""
+        if after == self._after and after != NOWHERE:
+            if not self._keeps_moments:
+                self._optimizer = self._new_optimizer()
+            return
+        self._optimizer = self._new_optimizer()
+        fresh_tokens = fresh_embedding(self.job, self.vocabulary.size, self.spec.silo)
+        with torch.no_grad():
+            self.model.embedding.load_state_dict(fresh_tokens.state_dict())
+            if not self.spec.share_body:
+                self.model.body.load_state_dict(fresh_body(self.job).state_dict())
+        if after is not None:
+            parts, _ = load_snapshot(silo_folder(self.job, self.spec.silo) / after)
+            if "embedding" in parts:
+                self.model.embedding.load_state_dict(parts["embedding"])
+            if "body" in parts:
+                self.body.copy_(parts["body"]["flat"])
+            if "optimizer" in parts:
+                self._load_moments(parts["optimizer"])
+        self._after = after
+
+    def _take(self, order: RoundOrder) -> None:
+        """Copy what is shared into the model."""
+        if order.body is not None:
+            if order.body.shape != (self.layout.size,):
+                raise SiloError(f"silo {self.spec.silo}: ordered a body of {order.body.shape}, mine has {self.layout.size} values")
+            if checksum(order.body) != order.fingerprint:
+                raise SiloError(f"silo {self.spec.silo}: the body of round {order.round} arrived altered")
+            _copy(self.body, order.body)
+        if order.rows is not None:
+            size = self.vocabulary.size
+            _copy(self.model.embedding.tokens, order.rows[:size])
+            if self.model.embedding.positions is not None:
+                _copy(self.model.embedding.positions, order.rows[size:])
+
+    def _save(self, order: RoundOrder, position: Position) -> str:
+        """Write what stays home."""
+        name = snapshot_name(order.round, order.attempt)
+        parts: dict[str, dict[str, torch.Tensor]] = {}
+        if not self.spec.share_rows:
+            parts["embedding"] = self.model.embedding.state_dict()
+        if not self.spec.share_body:
+            parts["body"] = {"flat": self.body}
+        if self._keeps_moments:
+            parts["optimizer"] = self._moments()
+        folder = silo_folder(self.job, self.spec.silo)
+        about = {"run": self.job.name, "silo": self.spec.silo, "round": order.round, "attempt": order.attempt, "position": position}
+        save_snapshot(folder / name, parts, about)
+        if order.after is not None:
+            prune_snapshots(folder, order.after, self.job.rounds.keep)
+        self._after = name
+        return name
+
+    def _answer(self, order: RoundOrder, trained: Trained, snapshot: str | None, position: Position,
+                scores: dict[str, Score], seconds: dict[str, float]) -> SiloUpdate:  # fmt: skip
+        return SiloUpdate(
+            run=order.run, silo=order.silo, round=order.round, attempt=order.attempt, fingerprint=order.fingerprint,
+            steps=trained.steps, tokens=trained.tokens, position=position, snapshot=snapshot, loss=trained.loss,
+            scores=scores, epochs=self.stream.epochs(position), seconds=seconds,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------------------------ embedding and moments
+    def _rows(self) -> np.ndarray:
+        """(V_k + L, D): tokens, then positions."""
+        tables = [self.model.embedding.tokens, self.model.embedding.positions]
+        return torch.cat([t.detach() for t in tables if t is not None]).cpu().numpy()
+
+    def _draw_tokens(self, round: int) -> None:
+        """Re-draw the token embedding and forget its moments (ACT)."""
+        drawn = fresh_embedding(self.job, self.vocabulary.size, self.spec.silo, round)
+        with torch.no_grad():
+            self.model.embedding.tokens.copy_(drawn.tokens)
+        self._optimizer.state.pop(self.model.embedding.tokens, None)
+
+    @property
+    def _keeps_moments(self) -> bool:
+        return not self.spec.share_body or self.job.inner.optimizer_state == "keep"
+
+    def _new_optimizer(self) -> torch.optim.AdamW:
+        self._body_grad.zero_()
+        return make_optimizer(self.job, self.body, self.layout, self._body_grad, self.model.embedding)
+
+    def _moments(self) -> dict[str, torch.Tensor]:
+        return {
+            f"{group['name']}.{key}": value
+            for group in self._optimizer.param_groups
+            for key, value in self._optimizer.state.get(group["params"][0], {}).items()
+        }
+
+    def _load_moments(self, tensors: dict[str, torch.Tensor]) -> None:
+        for group in self._optimizer.param_groups:
+            prefix = group["name"] + "."
+            found = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            if found:
+                self._optimizer.state[group["params"][0]] = {k: v.to(self.hardware.device) for k, v in found.items()}
+
+    # ------------------------------------------------------------------------------------ the rest
+    def _make_stream(self, read: Read) -> MixedStream:
+        inner, seed = self.job.inner, self.job.seed
+        streams = {n: Stream(n, int(c.train.starts(inner.context)[-1]), seed) for n, c in self.corpora.items()}
+        for name, stream in streams.items():
+            if stream.num_blocks < inner.batch_size:
+                raise SiloError(
+                    f'source "{name}" has {stream.num_blocks} blocks of {inner.context} tokens, fewer than one batch '
+                    f"(inner.batch_size = {inner.batch_size}): lower inner.batch_size or inner.context, or give it more text"
+                )
+        tau = self.job.mixture.temperature
+        weights = {n: self.job.source(n).weight * c.train.tokens**tau for n, c in self.corpora.items()}
+        return MixedStream(streams, weights, inner.batch_size, inner.context, seed, read)
+
+    def _say(self, doing: str, order: RoundOrder, **more: float) -> None:
+        self.status = replace(self.status, doing=doing, round=order.round, steps=order.steps, **{"step": 0, **more})  # type: ignore[arg-type]
+
+    @contextmanager
+    def _timed(self, what: str, seconds: dict[str, float]) -> Iterator[None]:
+        began = self._clock()
+        yield
+        seconds[what] = self._clock() - began
+
+
+
+def _copy(target: torch.Tensor, source: np.ndarray) -> None:
+    """Copy an array that is only read (Ray's are read-only views, of which torch warns) into a parameter."""
+    if target.device.type == "cpu":
+        target.detach().numpy()[...] = source
+    else:
+        target.detach().copy_(torch.tensor(source))

@@ -1,0 +1,1 @@
+"""*Study*: what a run will cost, and what its body is worth."""

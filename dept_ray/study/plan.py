@@ -1,0 +1,575 @@
+"""What a job will cost, before it runs: parameters, bytes, memory, tokens (METHOD.md section 5). Pure arithmetic.
+
+It reads no text, starts nothing and needs no GPU: everything follows from the job file and, where data is prepared,
+from its sizes. M is the size of the model with the global vocabulary V, M_k of silo k's model with V_k, theta the body:
+
+    per step, one way     M for data-parallel training; what a silo sends / N_local for a method in rounds:
+                          GLOB M, TRIM M - (|V| - |V_k|) D, SPEC theta = M - (|V| + L) D
+    reduction             M / per step
+    embedding saved       (|V| - mean |V_k|) D
+
+The paper counts one direction; a parameter server moves the same down and up, so bytes stand here for both.
+Bytes are those of fp32 on the wire (4 a value), before any codec.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from dept_ray.config import Job
+from dept_ray.errors import ConfigError
+from dept_ray.rounds.methods import Method, method_of, silos_of, silos_per_round
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+FP32_BYTES = 4
+MANY_EPOCHS = 4.0
+"""Past this, repeated text teaches less and less (METHOD.md section 6)."""
+GPU_MICRO_BATCH = 16
+"""`inner.micro_batch` in force on a GPU where the job leaves it open, as silo/hardware.py chooses."""
+
+LOGITS_CHUNK = 2048
+"""Tokens whose logits a chunked loss holds at once."""
+
+
+@dataclass(frozen=True)
+class Values:
+    """Counts of fp32 values by part: of a model, or of a message."""
+
+    body: int
+    rows: int
+    """Token embedding, tied with the head."""
+    positions: int
+
+    @property
+    def total(self) -> int:
+        return self.body + self.rows + self.positions
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a silo holds while it trains: an estimate, without the allocator's slack."""
+
+    weights: int
+    """fp32."""
+    gradients: int
+    """fp32."""
+    moments: int
+    """Both of AdamW, fp32."""
+    casts: int
+    """The bf16 copy of the weights that autocast keeps; 0 in fp32."""
+    activations: int
+    """See `activation_bytes`."""
+    activations_otherwise: int
+    """The same under the other setting of `inner.checkpoint_activations`; not in the total."""
+    logits: int
+    """Of the whole micro-batch at once; see `logit_bytes`."""
+    logits_chunked: int
+    """Of `LOGITS_CHUNK` tokens at once, what a chunked loss is bound to; not in the total."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.moments + self.casts + self.activations + self.logits
+
+
+@dataclass(frozen=True)
+class SourcePlan:
+    """How often a source is read."""
+
+    name: str
+    tokens: int | None
+    """Training tokens there are; None: nobody said."""
+    trained: float | None
+    """Training tokens of the whole run that come from here; None: a mixture whose shares hang on unknown `tokens`."""
+
+    @property
+    def epochs(self) -> float | None:
+        return None if self.tokens is None or self.trained is None else self.trained / self.tokens
+
+
+@dataclass(frozen=True)
+class SiloPlan:
+    """One silo: its model, its messages, its memory and its text."""
+
+    name: str
+    sources: tuple[SourcePlan, ...]
+    vocabulary_size: int
+    """|V_k|."""
+    vocabulary_from: str
+    """Where |V_k| comes from: prepared data, the source's `vocab_size`, or the tokenizer's `vocab_size`."""
+    parameters: Values
+    """M_k by part."""
+    sent: Values
+    """What a round moves to this silo, and again what it moves back."""
+    round_tokens: int
+    """Trained in a round that the silo is chosen for."""
+    total_tokens: float
+    """Trained in the whole run; expected, where not all silos are chosen each round."""
+    memory: Memory
+
+    @property
+    def down_bytes(self) -> int:
+        return self.sent.total * FP32_BYTES
+
+    @property
+    def up_bytes(self) -> int:
+        return self.sent.total * FP32_BYTES
+
+
+@dataclass(frozen=True)
+class DataParallel:
+    """The same model trained with a gradient exchanged at each step, and one global vocabulary."""
+
+    vocabulary_size: int
+    parameters: Values
+
+    @property
+    def step_values(self) -> int:
+        """One way, as the paper counts: M."""
+        return self.parameters.total
+
+    @property
+    def step_bytes(self) -> int:
+        """Down and up, per worker."""
+        return 2 * self.step_values * FP32_BYTES
+
+
+@dataclass(frozen=True)
+class Standard:
+    """The two STD runs to hold the job against: as many steps, and as many tokens."""
+
+    step_matched_steps: int
+    step_matched_tokens: int
+    token_matched_steps: int
+    token_matched_tokens: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job's costs. Per-silo figures are means where silos differ."""
+
+    job: str
+    method: Method
+    width: int
+    rounds: int
+    local_steps: int
+    silos: tuple[SiloPlan, ...]
+    silos_per_round: int
+    standard: Standard
+    data_parallel: DataParallel | None
+    """None where no global vocabulary is declared."""
+    notes: tuple[str, ...]
+
+    @property
+    def total_steps(self) -> int:
+        """Of one silo that is always chosen: T * N_local."""
+        return self.rounds * self.local_steps
+
+    @property
+    def total_tokens(self) -> int:
+        """Of all silos together."""
+        return self.silos_per_round * self.rounds * self.silos[0].round_tokens
+
+    @property
+    def step_values(self) -> float:
+        """Per silo and inner step, one way, as the paper counts."""
+        return fmean(silo.sent.total for silo in self.silos) / self.local_steps
+
+    @property
+    def step_bytes(self) -> float:
+        """Per silo and inner step, down and up."""
+        return 2 * self.step_values * FP32_BYTES
+
+    @property
+    def round_bytes_down(self) -> float:
+        """Of all chosen silos together; expected, where silos differ and not all are chosen."""
+        return self.silos_per_round * fmean(silo.down_bytes for silo in self.silos)
+
+    @property
+    def round_bytes_up(self) -> float:
+        """As `round_bytes_down`."""
+        return self.silos_per_round * fmean(silo.up_bytes for silo in self.silos)
+
+    @property
+    def reduction(self) -> float | None:
+        """How many times less travels than in data-parallel training; None: nothing travels, or nothing to compare."""
+        if self.data_parallel is None or not self.step_values:
+            return None
+        return reduction(self.data_parallel.step_values, fmean(s.sent.total for s in self.silos), self.local_steps)
+
+    @property
+    def embedding_saved(self) -> float | None:
+        """Embedding parameters per silo that the global vocabulary would have added: (|V| - mean |V_k|) D."""
+        if self.data_parallel is None:
+            return None
+        return (self.data_parallel.vocabulary_size - fmean(s.vocabulary_size for s in self.silos)) * self.width
+
+    @property
+    def embedding_saved_share(self) -> float | None:
+        """`embedding_saved` as a share of the global token embedding."""
+        if self.data_parallel is None or self.embedding_saved is None:
+            return None
+        return self.embedding_saved / self.data_parallel.parameters.rows
+
+
+def reduction(global_values: float, sent_values: float, local_steps: int) -> float:
+    """M / (sent / N_local), the paper's factor.
+
+    >>> round(reduction(1.71e9, 1.71e9 - 512.2e6, 500))
+    714
+    """
+    return global_values / (sent_values / local_steps)
+
+
+def plan(job: Job, vocabulary_sizes: Mapping[str, int] | None = None, tokens: Mapping[str, int] | None = None) -> Plan:
+    """What the job will cost.
+
+    Args:
+        job: the job.
+        vocabulary_sizes: |V_k| by source (or silo) name, from prepared data. Else the source's `vocab_size` (not under
+            a global vocabulary), else `tokenizer.vocab_size`: exact for global and own tokenizers, an upper bound
+            for trimmed ones.
+        tokens: training tokens by source name, from prepared data; else the source's `tokens`.
+
+    Raises:
+        ConfigError: a vocabulary's size is nowhere declared, or the declared ones contradict each other.
+    """
+    method, members = method_of(job), silos_of(job)
+    names = {*members, *(name for sources in members.values() for name in sources)}
+    vocabulary_sizes = {name: size for name, size in (vocabulary_sizes or {}).items() if name in names}
+    tokens = tokens or {}
+    chosen = silos_per_round(job)
+    round_tokens = job.inner.local_steps * job.inner.batch_size * job.inner.context
+    total_tokens = job.rounds.total * round_tokens * chosen / len(members)
+    global_size = _global_size(job, method, vocabulary_sizes)
+    silos = []
+    for name, sources in members.items():
+        size, where = _vocabulary_size(job, method, name, sources, vocabulary_sizes, global_size)
+        parameters = _parameters(job, size)
+        silos.append(
+            SiloPlan(
+                name=name,
+                sources=_readings(job, sources, tokens, total_tokens),
+                vocabulary_size=size,
+                vocabulary_from=where,
+                parameters=parameters,
+                sent=_sent(method, parameters),
+                round_tokens=round_tokens,
+                total_tokens=total_tokens,
+                memory=_memory(_placed(job, name), parameters.total, size),
+            )
+        )
+    return Plan(
+        job=job.name,
+        method=method,
+        width=job.model.width,
+        rounds=job.rounds.total,
+        local_steps=job.inner.local_steps,
+        silos=tuple(silos),
+        silos_per_round=chosen,
+        standard=Standard(
+            step_matched_steps=job.total_steps,
+            step_matched_tokens=job.rounds.total * round_tokens,
+            token_matched_steps=job.total_steps * chosen,
+            token_matched_tokens=job.rounds.total * round_tokens * chosen,
+        ),
+        data_parallel=None if global_size is None else DataParallel(global_size, _parameters(job, global_size)),
+        notes=_notes(method, silos, global_size),
+    )
+
+
+def activation_bytes(job: Job, micro_batch: int, checkpointed: bool) -> int:
+    """Activations of one micro-batch, kept for the backward pass.
+
+    Per token and block, with c bytes a value (bf16 2, fp32 4), width D and MLP width H:
+    8 D (fp32 inputs of both norms) + c (6 D + 2 H): both norms' outputs, q, k, v, the attention's output, and the MLP
+    before and after its nonlinearity (llama 4 H: gate, its SiLU, up and their product). Attention is flash: no T x T.
+    The final norm adds (4 + c) D per token. With `inner.checkpoint_activations`: 4 D per block, plus one block in full.
+    """
+    model, c = job.model, _value_bytes(job)
+    wide = 2 if model.arch == "gpt2" else 4
+    block = 8 * model.width + c * (6 * model.width + wide * model.hidden)
+    blocks = 4 * model.width * model.layers + block if checkpointed else block * model.layers
+    return micro_batch * job.inner.context * (blocks + (4 + c) * model.width)
+
+
+def logit_bytes(job: Job, num_tokens: int, vocabulary_size: int) -> int:
+    """Logits of `num_tokens` tokens at once: them and their gradient in c bytes, an fp32 copy and its log-softmax."""
+    return num_tokens * vocabulary_size * (2 * _value_bytes(job) + 2 * FP32_BYTES)
+
+
+def _value_bytes(job: Job) -> int:
+    """Of a matrix product's result. `auto` counts as bf16 on a GPU; on a CPU as fp32, the larger of what it may be."""
+    return 2 if job.inner.precision == "bf16" or (job.inner.precision == "auto" and job.resources.num_gpus) else 4
+
+
+def _global_size(job: Job, method: Method, prepared: Mapping[str, int]) -> int | None:
+    """|V|, or None where nothing says it."""
+    declared = job.tokenizer.global_vocab_size
+    if method.vocabulary == "own":
+        return declared
+    if method.vocabulary == "global" and prepared:
+        return max(prepared.values())
+    if declared is not None and _size_is_known(job) and declared != job.tokenizer.vocab_size:
+        raise ConfigError(
+            f"tokenizer.global_vocab_size = {declared}, but the global tokenizer of this job has "
+            f"tokenizer.vocab_size = {job.tokenizer.vocab_size}: remove the former, it is for own tokenizers"
+        )
+    return job.tokenizer.vocab_size if _size_is_known(job) else declared
+
+
+def _size_is_known(job: Job) -> bool:
+    """Whether `tokenizer.vocab_size` says something: of an existing tokenizer, the default would be a guess."""
+    return job.tokenizer.kind in ("bpe", "unigram") or "vocab_size" in job.tokenizer.model_fields_set
+
+
+def _vocabulary_size(
+    job: Job, method: Method, silo: str, sources: tuple[str, ...], prepared: Mapping[str, int], global_size: int | None
+) -> tuple[int, str]:
+    """|V_k| and where it comes from."""
+    size, where = None, ""
+    if method.vocabulary == "global":
+        size, where = global_size, "prepared data" if prepared else "tokenizer.vocab_size"
+    elif silo in prepared:
+        size, where = prepared[silo], "prepared data"
+    elif (declared := job.source(sources[0]).vocab_size) is not None:
+        size, where = declared, "sources.vocab_size"
+    elif _size_is_known(job):
+        size, where = job.tokenizer.vocab_size, "tokenizer.vocab_size"
+    if size is None:
+        raise ConfigError(
+            f'tokenizer.vocab_size: not set, and the size of the existing tokenizer "{job.tokenizer.name}" cannot be '
+            f"known without reading it (silo {silo}): set it, or prepare the data first"
+        )
+    if method.vocabulary == "trimmed" and global_size is not None and size > global_size:
+        raise ConfigError(
+            f"|V_k| = {size} of {silo} ({where}) is more than tokenizer.vocab_size = {global_size}: a trimmed "
+            "vocabulary is a part of the global one; lower the former or raise the latter"
+        )
+    return size, where
+
+
+def _parameters(job: Job, vocabulary_size: int) -> Values:
+    from dept_ray.silo.model import num_parameters  # torch: seconds, and only a plan that is asked for pays them
+
+    sizes = num_parameters(job.model, job.positions, vocabulary_size)
+    return Values(body=sizes.body, rows=sizes.tokens, positions=sizes.positions)
+
+
+def _sent(method: Method, parameters: Values) -> Values:
+    """What of a silo's model travels, each way. The rows a silo has are the rows it owns."""
+    rows = method.share_rows != "none"
+    return Values(
+        body=parameters.body if method.share_body else 0,
+        rows=parameters.rows if rows else 0,
+        positions=parameters.positions if rows else 0,
+    )
+
+
+def _placed(job: Job, silo: str) -> Job:
+    """The job as that silo sees it: with its own resources, where its source has some."""
+    own = next((source.resources for source in job.sources if source.name == silo), None)
+    return job if own is None else job.model_copy(update={"resources": own})
+
+
+def _memory(job: Job, parameters: int, vocabulary_size: int) -> Memory:
+    inner, resources = job.inner, job.resources
+    micro_batch = inner.micro_batch or min(
+        GPU_MICRO_BATCH if resources.num_gpus else inner.batch_size, inner.batch_size
+    )
+    if inner.batch_size % micro_batch:
+        micro_batch = 1
+    return Memory(
+        weights=FP32_BYTES * parameters,
+        gradients=FP32_BYTES * parameters,
+        moments=2 * FP32_BYTES * parameters,
+        casts=2 * parameters if _value_bytes(job) == 2 else 0,
+        activations=activation_bytes(job, micro_batch, inner.checkpoint_activations),
+        activations_otherwise=activation_bytes(job, micro_batch, not inner.checkpoint_activations),
+        logits=logit_bytes(job, micro_batch * inner.context, vocabulary_size),
+        logits_chunked=logit_bytes(job, min(LOGITS_CHUNK, micro_batch * inner.context), vocabulary_size),
+    )
+
+
+def _readings(job: Job, names: tuple[str, ...], tokens: Mapping[str, int], total: float) -> tuple[SourcePlan, ...]:
+    """Tokens of each source of a silo that trains on `total` tokens: by p_k = weight_k n_k ** tau in a mixture."""
+    sizes = {name: tokens.get(name, job.source(name).tokens) for name in names}
+    shares: dict[str, float] = {}
+    for name, size in sizes.items():
+        if len(names) == 1 or job.mixture.temperature == 0 or size is not None:
+            shares[name] = job.source(name).weight * (size or 1) ** job.mixture.temperature
+    known = len(shares) == len(names)
+    return tuple(
+        SourcePlan(name, sizes[name], total * shares[name] / sum(shares.values()) if known else None) for name in names
+    )
+
+
+def _notes(method: Method, silos: list[SiloPlan], global_size: int | None) -> tuple[str, ...]:
+    """What a reader must know to read the figures rightly."""
+    notes = []
+    guessed = [silo.name for silo in silos if silo.vocabulary_from == "tokenizer.vocab_size"]
+    if method.vocabulary == "trimmed" and guessed:
+        notes.append(
+            f"|V_k| of {_few(guessed)} is not known yet, and stands at the whole vocabulary, an upper bound: "
+            "prepare the data, or set vocab_size of the source"
+        )
+    if global_size is None:
+        notes.append("no comparison with data-parallel training: set tokenizer.global_vocab_size, the |V| it would use")
+    readings = [reading for silo in silos for reading in silo.sources]
+    unknown = [reading.name for reading in readings if reading.tokens is None]
+    if unknown:
+        notes.append(f"epochs of {_few(unknown)} are not known: prepare the data, or set tokens of the source")
+    repeated = [r.name for r in readings if r.epochs is not None and r.epochs > MANY_EPOCHS]
+    if repeated:
+        notes.append(f"{_few(repeated)}: read more than {MANY_EPOCHS:.0f} times; repeated text teaches less and less")
+    return tuple(notes)
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]}, {names[1]} and {len(names) - 2} more"
+
+
+def render(costs: Plan) -> "RenderableType":
+    """The plan as tables for a terminal of 100 columns."""
+    from rich.console import Group
+    from rich.text import Text
+
+    tables = [_silo_table(costs), _traffic_table(costs), _memory_table(costs), _length_table(costs)]
+    return Group(
+        Text(headline(costs), style="bold"),
+        *(part for table in tables if table is not None for part in (Text(), table)),
+        *(Text(f"note: {note}", style="yellow") for note in costs.notes),
+    )
+
+
+def headline(costs: Plan) -> str:
+    """The one sentence to remember."""
+    name, silos = costs.method.name.upper(), len(costs.silos)
+    if costs.method.mixed:
+        return f"{name} trains one silo on a mixture of {len(costs.silos[0].sources)} sources; no silo sends anything"
+    if not costs.step_values:
+        return f"{name} trains {silos} silos, each alone; no silo sends anything"
+    if costs.reduction is None:
+        return f"{name} sends {human(costs.step_values)} parameters per silo and step"
+    return f"{name} sends {float(f'{costs.reduction:.3g}'):,.0f} times less than data-parallel training"
+
+
+def _table(title: str, *columns: str) -> "Table":
+    """A table whose first column is words and whose others are figures."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.caption_justify, table.caption_style = "left", "dim"
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=bool(number))
+    return table
+
+
+def _silo_table(costs: Plan) -> "Table":
+    """One line per silo; silos that cost the same share one."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for silo in costs.silos:
+        p, epochs = silo.parameters, [r.epochs for r in silo.sources if r.epochs is not None]
+        figures = (
+            f"{silo.vocabulary_size:,}",
+            *(human(count) for count in (p.body, p.rows, p.positions, p.total, silo.round_tokens, silo.total_tokens)),
+            " to ".join(dict.fromkeys(f"{e:.2g}" for e in (min(epochs), max(epochs)))) if epochs else "?",
+            human(silo.memory.total, "B"),
+        )
+        alike.setdefault(figures, []).append(silo.name)
+    table = _table(
+        "What a silo holds and reads",
+        "silo", "|V_k|", "body", "+ rows", "+ pos.", "= params", "tok/round", "tok/run", "epochs", "memory",
+    )  # fmt: skip
+    for figures, names in alike.items():
+        table.add_row(f"{len(names)} alike" if len(names) > 1 else names[0], *figures)
+    lines = [f"{len(names)} alike: {', '.join(names)}" for names in alike.values() if len(names) > 1]
+    if costs.silos_per_round < len(costs.silos):
+        lines.append("tok/run is expected: which silos a round draws is not known yet")
+    table.caption = "\n".join(lines) or None
+    return table
+
+
+def _traffic_table(costs: Plan) -> "Table | None":
+    """The method beside data-parallel training, whichever of them sends anything."""
+    sides = {f"{costs.method.name.upper()}": costs.step_values} if costs.step_values else {}
+    if costs.data_parallel is not None:
+        sides[f"data-parallel, |V| = {costs.data_parallel.vocabulary_size:,}"] = costs.data_parallel.step_values
+    if not sides:
+        return None
+    silos, steps, rounds = costs.silos_per_round, costs.local_steps, costs.rounds
+    table = _table("What travels, in fp32", "", *sides)
+    table.add_row("parameters per step, one way (as the paper counts)", *(human(values) for values in sides.values()))
+    for what, times in (
+        ("bytes per step, down + up", 1),
+        (f"bytes per round of {steps} steps, down + up", steps),
+        (f"the same for {silos} silos" if silos > 1 else "", steps * silos),
+        (f"the same for {rounds} rounds", steps * silos * rounds),
+    ):
+        if what:
+            table.add_row(what, *(human(2 * FP32_BYTES * values * times, "B") for values in sides.values()))
+    if costs.embedding_saved:
+        share = f"{costs.embedding_saved_share:.0%}"
+        table.caption = (
+            f"each silo saves {human(costs.embedding_saved)} embedding parameters, {share} of the global ones"
+        )
+    return table
+
+
+def _memory_table(costs: Plan) -> "Table":
+    silo = max(costs.silos, key=lambda silo: silo.memory.total)
+    m = silo.memory
+    table = _table(
+        "Memory while it trains (estimate)",
+        "silo", "weights", "gradients", "AdamW", "bf16 copy", "activations", "logits", "total",
+    )  # fmt: skip
+    figures = (m.weights, m.gradients, m.moments, m.casts, m.activations, m.logits, m.total)
+    table.add_row(silo.name, *(human(figure, "B") for figure in figures))
+    verb = "without" if m.activations_otherwise > m.activations else "with"
+    table.caption = (
+        f"{verb} checkpoint_activations: {human(m.activations_otherwise, 'B')} of activations\n"
+        f"with a loss in chunks of {LOGITS_CHUNK:,} tokens: {human(m.logits_chunked, 'B')} of logits"
+    )
+    return table
+
+
+def _length_table(costs: Plan) -> "Table":
+    standard, chosen = costs.standard, f"{costs.silos_per_round} of {len(costs.silos)} silos a round"
+    table = _table("How long it is", "", "steps", "tokens")
+    own = f"{costs.rounds} rounds x {costs.local_steps} steps" + ("" if costs.method.mixed else f", {chosen}")
+    table.add_row(own, f"{costs.total_steps:,}", human(costs.total_tokens))
+    if costs.silos_per_round > 1:
+        for words, steps, tokens in (
+            ("STD of as many steps", standard.step_matched_steps, standard.step_matched_tokens),
+            ("STD of as many tokens", standard.token_matched_steps, standard.token_matched_tokens),
+        ):
+            table.add_row(words, f"{steps:,}", human(tokens))
+    return table
+
+
+def human(number: float, unit: str = "") -> str:
+    """Three digits and a letter.
+
+    >>> human(278_715_648), human(85_056_000 * 4, "B"), human(500)
+    ('279M', '340 MB', '500')
+    """
+    letters = ("", "k", "M", "G" if unit else "B", "T")
+    power = 0
+    while abs(number) >= 999.5 and power < len(letters) - 1:
+        number, power = number / 1000, power + 1
+    whole = abs(number) >= 99.95 or (power == 0 and float(number).is_integer())
+    digits = 0 if whole else 1 if abs(number) >= 9.995 else 2
+    return f"{number:.{digits}f}{' ' if unit else ''}{letters[power]}{unit}"
+
+
+def plan_job(job: Job) -> Plan:
+    """`plan` with the sizes of whatever text is prepared already."""
+    from dept_ray.text.prepare import prepared_sizes
+
+    vocabulary = method_of(job).vocabulary
+    sizes = prepared_sizes(job, "own" if vocabulary == "own" else "global", vocabulary == "trimmed")
+    return plan(job, sizes["vocabulary_sizes"], sizes["tokens"])

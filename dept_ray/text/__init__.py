@@ -1,0 +1,1 @@
+"""*Text*: raw text becomes packed token shards, and shards become batches."""

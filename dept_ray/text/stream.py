@@ -1,0 +1,136 @@
+"""Which tokens a position names: batches as a function of (seed, source, epoch, position), with no state of their own.
+
+A *position* is the number of blocks already trained, per source; it is committed with the round, so a resumed, moved or
+replayed silo reads exactly what it would have read. Within an epoch the blocks come in a permutation drawn from labels.
+One source is a mixture of one: `MixedStream` draws each row's source with p_k proportional to n_k ** tau.
+
+Reading is an argument: `read(source, blocks)` is `Shards.read` in process and a bounded Ray Data dataset on a
+cluster (`on_ray.streaming`), with the same bits. The next window of blocks is read in a background thread.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from dept_ray.draws import generator
+from dept_ray.errors import ShardError
+
+Position = dict[str, int]
+Read = Callable[[str, np.ndarray], np.ndarray]
+"""(source, (n,) block numbers) -> (n, context + 1) token ids."""
+WINDOW_BYTES = 64 << 20
+"""Read ahead at most this much at a time: a small round whole, a large one in pieces."""
+
+
+class Stream:
+    """The order of one source's blocks, for ever."""
+
+    def __init__(self, source: str, num_blocks: int, seed: int) -> None:
+        if num_blocks < 1:
+            raise ShardError(f'source "{source}" has no whole block of the context: lower inner.context or give it more text')
+        self.source, self.num_blocks, self.seed = source, num_blocks, seed
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    def blocks(self, position: int, count: int) -> np.ndarray:
+        """Block numbers at positions [position, position + count): (count,) int64, across epochs."""
+        pieces = []
+        while count > 0:
+            epoch, start = divmod(position, self.num_blocks)
+            piece = self._order_of(epoch)[start : start + count]
+            pieces.append(piece)
+            position, count = position + len(piece), count - len(piece)
+        return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        if epoch != self._epoch:
+            self._order = generator(self.seed, "order", self.source, epoch).permutation(self.num_blocks)
+            self._epoch = epoch
+        return self._order
+
+
+class MixedStream:
+    """Batches drawn from one or several sources.
+
+    Args:
+        streams: by source name, in the job's order.
+        weights: unnormalised p_k by source name.
+        batch_size: B, rows per batch.
+        context: T.
+        seed: of the draws.
+        read: how blocks become tokens.
+    """
+
+    def __init__(self, streams: Mapping[str, Stream], weights: Mapping[str, float], batch_size: int, context: int,
+                 seed: int, read: Read) -> None:  # fmt: skip
+        self.streams, self.batch_size, self.context, self.seed, self.read = dict(streams), batch_size, context, seed, read
+        self.names = list(streams)
+        p = np.array([weights[name] for name in self.names], dtype=np.float64)
+        self._edges = np.cumsum(p / p.sum())
+        self._ahead: tuple[tuple[Position, int], Future[np.ndarray]] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+
+    def start(self) -> Position:
+        """The position of one who has read nothing."""
+        return dict.fromkeys(self.names, 0)
+
+    def epochs(self, position: Position) -> dict[str, float]:
+        """How often each source has been read."""
+        return {name: position[name] / stream.num_blocks for name, stream in self.streams.items()}
+
+    def advance(self, position: Position, steps: int) -> Position:
+        """The position after that many batches."""
+        drawn = np.bincount(self._draws(position, steps), minlength=len(self.names))
+        return {name: position[name] + int(n) for name, n in zip(self.names, drawn, strict=True)}
+
+    def batches(self, position: Position, steps: int) -> Iterator[np.ndarray]:
+        """`steps` batches from a position on: (B, T + 1) token ids each, as stored."""
+        for start, count in self._windows(steps):
+            window = self._take(self.advance(position, start), count)
+            if start + count < steps:  # read the next window while this one is trained
+                following = self.advance(position, start + count)
+                self.read_ahead(following, steps - start - count)
+            yield from window.reshape(count, self.batch_size, -1)
+
+    def read_ahead(self, position: Position, steps: int) -> None:
+        """Begin to read the first window of `batches(position, steps)` in the background."""
+        count = next(iter(self._windows(steps)), (0, 0))[1]
+        key = (position, count)
+        if count and (self._ahead is None or self._ahead[0] != key):
+            self._ahead = (key, self._thread.submit(self._window, position, count))
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _windows(self, steps: int) -> Iterator[tuple[int, int]]:
+        per = max(1, WINDOW_BYTES // (self.batch_size * (self.context + 1) * 2))
+        for start in range(0, steps, per):
+            yield start, min(per, steps - start)
+
+    def _take(self, position: Position, count: int) -> np.ndarray:
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == (position, count):
+            return ahead[1].result()
+        return self._window(position, count)
+
+    def _window(self, position: Position, steps: int) -> np.ndarray:
+        """(steps * B, T + 1) tokens: each source's share in one read, laid out by the draws."""
+        draws = self._draws(position, steps)
+        out: np.ndarray | None = None
+        for i, name in enumerate(self.names):
+            rows = np.flatnonzero(draws == i)
+            if len(rows):
+                tokens = self.read(name, self.streams[name].blocks(position[name], len(rows)))
+                out = np.empty((len(draws), tokens.shape[1]), tokens.dtype) if out is None else out
+                out[rows] = tokens
+        assert out is not None
+        return out
+
+    def _draws(self, position: Position, steps: int) -> np.ndarray:
+        """Number of the source of each row of `steps` batches: (steps * B,)."""
+        if len(self.names) == 1:
+            return np.zeros(steps * self.batch_size, np.int64)
+        first = sum(position.values()) // self.batch_size
+        u = [generator(self.seed, "mixture", first + i).random(self.batch_size) for i in range(steps)]
+        return np.searchsorted(self._edges[:-1], np.concatenate(u) if u else np.empty(0), side="right")
