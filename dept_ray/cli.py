@@ -79,10 +79,7 @@ def train(job_file: str, address: str | None, local: bool, detach: bool, method:
     """Train JOB_FILE to its last round, from wherever its run folder stands."""
     console = _console()
     job = _load(job_file, method)
-    if local:
-        records = _train_here(job, console)
-    else:
-        records = _train(job, address, console, detach)
+    records = _train_here(job, console) if local else _train(job, address, console, detach)
     if records and records[-1]["event"] == "scores":
         from dept_ray.console import score_table
 
@@ -107,7 +104,7 @@ def status(run: str, address: str | None) -> None:
     else:
         console.print(f"{now.run}: {now.phase}, {now.round} of {now.rounds} rounds committed")
     if now.error:
-        console.print(now.error)
+        console.print(now.error, markup=False)
     for record in records[-5:]:
         console.print(round_line(record), highlight=False)
 
@@ -155,10 +152,10 @@ def generate(run: str, source: str | None, prompt: str, tokens: int, temperature
 @method_option
 def plan(job_file: str, method: str | None) -> None:
     """What JOB_FILE will cost: parameters, memory, bytes, tokens. Runs nothing."""
-    from dept_ray.study import plan as planning
+    from dept_ray.study.plan import plan_job
+    from dept_ray.study.plan_table import render
 
-    job = _load(job_file, method)
-    _console().print(planning.render(planning.plan_job(job)))
+    _console().print(render(plan_job(_load(job_file, method))))
 
 
 # ------------------------------------------------------------------------------------------------ shared by commands
@@ -212,7 +209,12 @@ def _preparing(console: "Console") -> "Iterator[Report]":
     """Shows the stages of preparation: bars on a terminal, else a line per stage."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    words = {"clean": "reading and cleaning text", "learn": "learning tokenizers", "pack": "tokenising", "index": "indexing"}
+    words = {
+        "clean": "reading and cleaning text",
+        "learn": "learning tokenizers",
+        "pack": "tokenising",
+        "index": "indexing",
+    }
     bars: dict[str, Any] = {}
     columns = TextColumn("{task.description:<26}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=False, disable=not console.is_terminal) as progress:

@@ -56,10 +56,11 @@ class Run:
         """
         from dept_ray.on_ray.cluster import check_room, connect
         from dept_ray.on_ray.launch import Coordinator
+        from dept_ray.rounds.methods import silos_of
         from dept_ray.rounds.store import RunStore
 
         store = RunStore(job)  # refuses another job's folder before anything is spent
-        connect(address)
+        connect(address, silos=len(silos_of(job)))
         check_room(job)
         prepare(job, address, report)
         return cls(job, store.folder, Coordinator.start(job, detach))
@@ -74,9 +75,13 @@ class Run:
         folder = next((p for p in (Path(run), Path("runs") / run) if (p / "config.json").exists()), None)
         if folder is None:
             known = sorted(p.parent.name for p in Path("runs").glob("*/config.json"))
-            raise ConfigError(f'no run "{run}": neither a run folder nor a name under runs/ (known: {", ".join(known) or "none"})')
+            raise ConfigError(
+                f'no run "{run}": neither a run folder nor a name under runs/ (known: {", ".join(known) or "none"})'
+            )
         try:
             job = Job.model_validate(json.loads((folder / "config.json").read_text())["job"])
+            # The folder may have been moved since: its data and snapshots came along.
+            job = job.model_copy(update={"folder": str(folder.absolute().parents[1])})
         except (ValueError, KeyError) as err:
             raise StoreError(f"{folder / 'config.json'} cannot be read ({err}): restore it") from None
         return cls(job, folder)
@@ -95,7 +100,9 @@ class Run:
         connect(address)
         coordinator = Coordinator.find(opened.job.name)
         if coordinator is None:
-            raise RunError(f"run {opened.job.name} is not in progress on this cluster; `dept-ray train` goes on with it")
+            raise RunError(
+                f"run {opened.job.name} is not in progress on this cluster; `dept-ray train` goes on with it"
+            )
         return cls(opened.job, opened.folder, coordinator)
 
     # ------------------------------------------------------------------------------------------ asking and telling
@@ -106,8 +113,9 @@ class Run:
         records = self.history()
         rounds = max((r["round"] for r in records), default=0)
         phase = "finished" if any(r["event"] == "scores" for r in records) else "not in progress"
-        error = self.folder / "error.txt"
-        return RunStatus(self.job.name, phase, rounds, self.job.rounds.total, error.read_text() if error.exists() else "",
+        file = self.folder / "error.txt"
+        error = file.read_text() if file.exists() else ""
+        return RunStatus(self.job.name, phase, rounds, self.job.rounds.total, error,
                          num_records=len(records))  # fmt: skip
 
     def new_records(self, since: int) -> list[Record]:
@@ -161,7 +169,7 @@ def prepare(job: Job, address: str | None = None, report: Report = silent, local
     from dept_ray.on_ray.cluster import connect
     from dept_ray.on_ray.ingest import ray_data_runner
 
-    connect(address)
+    connect(address, silos=len(job.sources))
     prepare_text(job, kind, ray_data_runner(job), report)
 
 

@@ -25,7 +25,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -53,7 +53,8 @@ class ModelSection(Section):
         if self.width % self.heads:
             raise ValueError(f"model.width = {self.width} is not a multiple of model.heads = {self.heads}")
         if self.arch == "llama" and (self.width // self.heads) % 2:
-            raise ValueError(f"model.width / model.heads = {self.width // self.heads} must be even for rotary positions")
+            each = self.width // self.heads
+            raise ValueError(f"model.width / model.heads = {each} must be even for rotary positions")
         return self
 
 
@@ -299,8 +300,13 @@ class Job(Section):
 
     @property
     def fingerprint(self) -> str:
-        """Digest of all that decides the numbers of a run; where it is kept and on what it runs are left out."""
-        return _digest(self.model_dump(mode="json", exclude=_HOUSEKEEPING))
+        """Digest of `identity`: which run a folder belongs to."""
+        return _digest(self.identity)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that decides the numbers of a run; where it is kept, and on what it runs, are left out."""
+        return self.model_dump(mode="json", exclude=_HOUSEKEEPING)
 
     def source(self, name: str) -> "HubSource | FilesSource | InstalledSource":
         """The source of that name.
@@ -356,7 +362,13 @@ def parse_job(values: dict[str, Any], where: str = "job") -> Job:
         job = Job.model_validate(values)
     except ValidationError as err:
         lines = [_explain(error, values) for error in err.errors()]
-        raise ConfigError("\n".join([f"{where}: {len(lines)} mistake(s)", *(f"  {line}" for line in lines)])) from None
+        count = f"{len(lines)} mistake{'s' * (len(lines) > 1)}"
+        raise ConfigError("\n".join([f"{where}: {count}", *(f"  {line}" for line in lines)])) from None
+    for key, folder in [("folder", job.folder), *((f"sources.{s.name}.storage", s.storage) for s in job.sources)]:
+        if folder is not None and "://" in folder:
+            raise ConfigError(
+                f"{where}: {key} = {folder!r} must be a folder (mount the bucket, or choose a local disk)"
+            )
     sources = []
     for source in job.sources:
         changes: dict[str, Any] = {}
@@ -387,32 +399,52 @@ def _nearest(word: str, known: list[str]) -> str:
 
 def _explain(error: Any, values: dict[str, Any]) -> str:
     """One mistake as `key = value: what is wrong; what to do`."""
-    loc = tuple(part for part in error["loc"] if part not in ("hub", "files", "installed"))
-    key = ".".join(str(part) for part in loc)
-    if error["type"] == "extra_forbidden":
+    loc = error["loc"]
+    if loc[:1] == ("sources",) and len(loc) > 2:
+        loc = (*loc[:2], *loc[3:])  # pydantic puts the kind of a source between its number and its key
+    key = ".".join(_named(loc, values))
+    kind, given = error["type"], error["input"]
+    if kind == "extra_forbidden":
         return f"{key}: unknown key{_nearest(str(loc[-1]), _fields_at(loc[:-1], values))}"
-    if error["type"] == "missing":
+    if kind == "missing":
         return f"{key}: missing; add it"
-    if error["type"] == "value_error":
+    if kind == "value_error":
         return str(error["ctx"]["error"])
-    if error["type"].startswith("union_tag"):
-        return f'{key}: kind must be "hub", "files" or "installed"'
-    return f"{key} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    if kind == "union_tag_not_found":
+        return f'{key}.kind: missing; add "hub", "files" or "installed"'
+    if kind == "union_tag_invalid":
+        return f'{key}.kind = {given["kind"]!r}: must be "hub", "files" or "installed"'
+    if kind == "string_pattern_mismatch":
+        return f"{key} = {given!r}: must be letters, digits and . _ - only, and begin with a letter or a digit"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{key} = {given!r}: must be a table"
+    if kind == "tuple_type":
+        return f"{key} = {given!r}: must be a list"
+    return f"{key} = {given!r}: {error['msg'].replace('Input should', 'must')}"
 
 
-def _fields_at(loc: tuple[Any, ...], values: dict[str, Any]) -> list[str]:
+def _named(loc: tuple[Any, ...], values: Any) -> list[str]:
+    """The parts of a key; a source goes by its name rather than by its number, if it has one."""
+    parts = [str(part) for part in loc]
+    if loc[:1] == ("sources",) and len(loc) > 1:
+        source = values["sources"][loc[1]]
+        name = source.get("name") if isinstance(source, dict) else None
+        parts[1] = name if isinstance(name, str) and name else f"{loc[1]}"
+    return parts
+
+
+def _fields_at(loc: tuple[Any, ...], values: Any) -> list[str]:
     """Field names of the section that `loc` points to."""
     section: Any = Job
     for part in loc:
+        values = values[part]
+        if part == "sources":
+            continue
         if isinstance(part, int):
-            values = values[part]
             kinds = {"hub": HubSource, "files": FilesSource, "installed": InstalledSource}
-            section = kinds.get(str(values.get("kind")), SourceFields)
-        elif part == "sources":
-            values = typing.cast(Any, values)["sources"]
+            section = kinds[values["kind"]]
         else:
-            values = values[part]
             annotation = section.model_fields[part].annotation
             options = [annotation, *typing.get_args(annotation)]
-            section = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), Section)
+            section = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
     return list(section.model_fields)

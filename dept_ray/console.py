@@ -1,102 +1,199 @@
-"""What a person sees in a terminal: a live table of a run, a line per round where there is no terminal, and final tables.
+"""What a person sees in a terminal: a live table of a run, lines per round where output is piped, and final tables.
 
-Draws only from `RunStatus` and records; knows nothing of training or of clusters.
+Draws only from `RunStatus` and records; knows nothing of training or of clusters. All of it is made for 80 columns:
+rich has that width wherever output is piped, and a figure that wraps is not read.
 """
 
 import math
+import textwrap
 import time
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Mapping
+from statistics import median
 
+from rich import box
 from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from dept_ray.messages import RunStatus
+from dept_ray.messages import RunStatus, SiloStatus
 from dept_ray.metrics import Record
+
+WIDTH = 80
+_INDENT = 14
+"""Columns of a line's label: `round    12   `."""
+_TIMED_ROUNDS = 5
+"""The time left follows the median of so many last rounds: an odd one does not move it."""
 
 
 def human(number: float, unit: str = "") -> str:
-    """A number as a person would say it.
+    """Three digits and a letter.
 
-    >>> human(1234567), human(2.5e9, "B"), human(12)
-    ('1.23M', '2.50GB', '12')
+    >>> human(278_715_648), human(85_056_000 * 4, "B"), human(500), human(12.34)
+    ('279M', '340 MB', '500', '12.3')
     """
-    for factor, letter in ((1e12, "T"), (1e9, "G" if unit else "B"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= factor:
-            return f"{number / factor:.3g}{letter}{unit}" if abs(number) / factor >= 100 else f"{number / factor:.2f}{letter}{unit}"
-    return f"{number:.0f}{unit}"
+    letters = ("", "k", "M", "G" if unit else "B", "T")
+    power = 0
+    while abs(number) >= 999.5 and power < len(letters) - 1:
+        number, power = number / 1000, power + 1
+    whole = abs(number) >= 99.95 or (power == 0 and float(number).is_integer())
+    digits = 0 if whole else 1 if abs(number) >= 9.995 else 2
+    return f"{number:.{digits}f}{' ' if unit else ''}{letters[power]}{unit}"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss or m:ss.
+    """Seconds as m:ss, h:mm:ss or, from two days on, days and hours.
 
-    >>> duration(75), duration(3723)
-    ('1:15', '1:02:03')
+    >>> duration(75), duration(3723), duration(526_000)
+    ('1:15', '1:02:03', '6 d 2 h')
     """
-    if not math.isfinite(seconds):
-        return "?"
     minutes, s = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours // 24} d {hours % 24} h"
     return f"{hours}:{minutes:02d}:{s:02d}" if hours else f"{minutes}:{s:02d}"
 
 
-def round_line(record: Record) -> str:
-    """One round (or the final scores) as one line."""
+def figure_table(title: str, *columns: str) -> Table:
+    """An empty table whose first column is words and whose others are figures; the house's one look."""
+    table = Table(title=title, title_justify="left", title_style="bold", caption_justify="left", caption_style="dim",
+                  box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))  # fmt: skip
+    for number, column in enumerate(columns):  # where there is no room, words give way and figures do not
+        table.add_column(
+            column, justify="right" if number else "left", no_wrap=number > 0, overflow="ellipsis", vertical="bottom"
+        )
+    return table
+
+
+# ------------------------------------------------------------------------------------------ lines of a piped run
+def round_line(record: Record) -> Text:
+    """One round (or the final scores) as lines of less than 80 columns.
+
+    A round's scores were measured before its training, so they stand before it, in lines of their own.
+    """
     if record["event"] == "scores":
-        return f"final        bits/byte {_bits(record)}"
+        return Text(_bits("final", record))
     sent = record["sent_bytes"]
-    rate = sum(s["tokens"] for s in record["silos"].values()) / max(record["seconds"], 1e-9)
-    line = (
-        f"round {record['round']:>4}   loss {record['loss']:.4f}   {human(rate)} tokens/s   "
+    rate = sum(silo["tokens"] for silo in record["silos"].values()) / max(record["seconds"], 1e-9)
+    lines = [_bits(_label("before", record), record)] if record.get("scores") else []
+    lines.append(
+        _label("round", record) + f"loss {record['loss']:.4f}   {human(rate)} tokens/s   "
         f"sent {human(sent['down'] + sent['up'], 'B')}   {record['seconds']:.1f} s"
     )
-    if record.get("scores"):
-        line += f"   before: bits/byte {_bits(record)}"
-    for silo, reason in record["refused"].items():
-        line += f"\n             {silo} left out: {reason}"
-    return line
+    lines += [_filled("", f"{silo} left out: {reason}") for silo, reason in record["refused"].items()]
+    return Text("\n".join(lines))
 
 
-def _bits(record: Record) -> str:
-    each = "  ".join(f"{source} {score['bits_per_byte']:.3f}" for source, score in record["scores"].items())
-    return f"{record['mean']['bits_per_byte']:.3f} ({each})"
+def _label(word: str, record: Record) -> str:
+    return f"{word:<6}{record['round']:>5}".ljust(_INDENT)
 
 
+def _bits(label: str, record: Record) -> str:
+    """Bits per byte: the mean and, where there are several sources, each: beside it, or in aligned columns below."""
+    bits = {source: f"{score['bits_per_byte']:.3f}" for source, score in record["scores"].items()}
+    first = f"{label:<{_INDENT}}{record['mean']['bits_per_byte']:.3f} bits/byte"
+    if len(bits) < 2:
+        return first
+    beside = f"{first}: {', '.join(f'{source} {figure}' for source, figure in bits.items())}"
+    if len(beside) < WIDTH:
+        return beside
+    name, value = max(map(len, bits)), max(map(len, bits.values()))
+    cells = [f"{source:<{name}} {figure:>{value}}" for source, figure in bits.items()]
+    per_line = max(1, (WIDTH - 1 - _INDENT + 3) // (name + 1 + value + 3))
+    rows = ["   ".join(cells[i : i + per_line]) for i in range(0, len(cells), per_line)]
+    return "\n".join([first, *(" " * _INDENT + row for row in rows)])
+
+
+def _filled(label: str, words: str) -> str:
+    """Words under a hanging label; what cannot be cut, such as a path, is not."""
+    margin = " " * _INDENT
+    return textwrap.fill(words, WIDTH - 1, initial_indent=label.ljust(_INDENT), subsequent_indent=margin,
+                         break_long_words=False, break_on_hyphens=False)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------ the live table
 def live_table(status: RunStatus, records: list[Record], began: float) -> RenderableType:
-    """The table of a run in progress."""
+    """A run in progress: its headline and a line per silo.
+
+    Args:
+        status: of now.
+        records: of all rounds so far.
+        began: `time.monotonic()` when somebody began to watch.
+    """
     rounds = [record for record in records if record["event"] == "round"]
-    last = rounds[-1] if rounds else None
-    scored = next((record for record in reversed(records) if record.get("scores")), None)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name, justify in (("silo", "left"), ("doing", "left"), ("step", "right"), ("loss", "right"),
-                          ("bits/byte", "right"), ("tokens/s", "right"), ("epochs", "right"), ("sent", "right")):  # fmt: skip
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for name, silo in sorted(status.silos.items()):
-        of_round = last["silos"].get(name, {}) if last else {}
-        loss = silo.loss if math.isfinite(silo.loss) else of_round.get("loss", math.nan)
-        sent = sum(r["silos"][name]["down_bytes"] + r["silos"][name]["up_bytes"] for r in rounds if name in r["silos"])
-        sources = of_round.get("epochs", {name: math.nan})
-        bits = [scored["scores"][s]["bits_per_byte"] for s in sources if s in scored["scores"]] if scored else []
+    bits = _latest_bits(records)
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("silo", overflow="ellipsis")  # gives way where there is no room, and the figures do not
+    table.add_column("doing", no_wrap=True, min_width=8)
+    for name, width in (("step", 5), ("loss", 6), ("bits/byte", 9), ("tokens/s", 8), ("epochs", 6), ("sent", 7)):
+        table.add_column(name, justify="right", no_wrap=True, min_width=width)
+    silos = status.silos or {name: SiloStatus(name, "") for record in rounds for name in record["silos"]}
+    rate, sent = 0.0, 0
+    for name, silo in sorted(silos.items()):
+        mine = [record["silos"][name] for record in rounds if name in record["silos"]]
+        last = mine[-1] if mine else {}
+        training = silo.doing == "training"
+        sources = last.get("epochs", {name: math.nan})
+        my_sent = sum(round["down_bytes"] + round["up_bytes"] for round in mine)
+        my_rate = silo.tokens_per_s if training else 0.0
+        rate, sent = rate + my_rate, sent + my_sent
         table.add_row(
-            name, silo.doing, f"{silo.step}/{silo.steps}" if silo.steps else "", _number(loss, 3),
-            _number(sum(bits) / len(bits), 3) if bits else "", human(silo.tokens_per_s) if silo.tokens_per_s else "",
-            _number(max(sources.values()), 2), human(sent, "B") if sent else "",
+            name, silo.doing, f"{silo.step}/{silo.steps}" if training else "",
+            _number(silo.loss if math.isfinite(silo.loss) else last.get("loss", math.nan), 3),
+            _number(_mean([bits[source] for source in sources if source in bits]), 3),
+            human(my_rate) if my_rate else "", _number(max(sources.values()), 2),
+            human(my_sent, "B") if my_sent else "",
+        )  # fmt: skip
+    if len(silos) > 1:
+        table.add_row(
+            "all", "", "", _number(rounds[-1]["loss"], 3) if rounds else "", _number(_mean(list(bits.values())), 3),
+            human(rate) if rate else "", "", human(sent, "B") if sent else "", style="bold",
         )  # fmt: skip
     return Group(_headline(status, rounds, began), table)
 
 
 def _headline(status: RunStatus, rounds: list[Record], began: float) -> RenderableType:
-    within = [silo.step / silo.steps for silo in status.silos.values() if silo.steps and silo.round == status.round]
-    done = status.round + (sum(within) / len(within) if within else 0.0)
-    recent = [record["seconds"] for record in rounds[-5:]]
-    left = duration((status.rounds - done) * sum(recent) / len(recent)) if recent else "?"
-    text = Text.assemble(
-        (f"{status.run} ", "bold"), f"{status.phase}  round {min(status.round + 1, status.rounds)} of {status.rounds}  ",
-        f"{duration(time.monotonic() - began)} so far, {left} left",
-    )  # fmt: skip
-    return Group(text, ProgressBar(total=max(1, status.rounds), completed=min(done, status.rounds), width=60))
+    done = status.round + _share_of_round(status)
+    if status.over or status.round >= status.rounds:
+        where = f"{status.round} of {status.rounds} rounds"
+    else:
+        where = f"round {status.round + 1} of {status.rounds}"
+    times = f"{duration(time.monotonic() - began)} so far"
+    left = seconds_left(status, rounds)
+    if left is not None:
+        times += f", about {duration(left)} left"
+    text = Text(no_wrap=True, overflow="ellipsis")
+    text.append(status.run, "bold").append(f"  {status.phase}  {where}  ").append(times, "dim")
+    bar = ProgressBar(total=max(1, status.rounds), completed=min(done, status.rounds), width=WIDTH - 4)
+    return Group(text, Padding(bar, (0, 0, 1, 0)))
+
+
+def seconds_left(status: RunStatus, rounds: list[Record]) -> float | None:
+    """Time until the last round is done, at the pace of the latest ones; None: nothing to go by, or nothing left."""
+    recent = [record["seconds"] for record in rounds[-_TIMED_ROUNDS:]]
+    if not recent or status.over or status.round >= status.rounds:
+        return None
+    return (status.rounds - status.round - _share_of_round(status)) * median(recent)
+
+
+def _share_of_round(status: RunStatus) -> float:
+    """How far the round in progress is, as the mean over the silos that work in it."""
+    shares = [
+        1.0 if silo.doing in ("saving", "waiting") else silo.step / silo.steps if silo.doing == "training" else 0.0
+        for silo in status.silos.values()
+        if silo.steps and silo.round == status.round
+    ]
+    return 0.0 if status.over else _mean(shares) if shares else 0.0
+
+
+def _latest_bits(records: list[Record]) -> dict[str, float]:
+    """Bits per byte of each source when it was last measured: silos that rest are not measured every time."""
+    return {source: s["bits_per_byte"] for record in records for source, s in record.get("scores", {}).items()}
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
 
 
 def _number(value: float, digits: int) -> str:
@@ -106,13 +203,13 @@ def _number(value: float, digits: int) -> str:
 def watch(
     console: Console, status: Callable[[], RunStatus], new_records: Callable[[int], list[Record]], every_s: float = 0.5
 ) -> tuple[RunStatus, list[Record]]:
-    """Show a run until it is over: a live table on a terminal, else a line per round.
+    """Show a run until it is over: a live table on a terminal, else lines per round.
 
     Returns:
         The last status and all records.
     """
     records: list[Record] = []
-    began, shown = time.monotonic(), ""
+    began = time.monotonic()
     if console.is_terminal:
         from rich.live import Live
 
@@ -124,43 +221,46 @@ def watch(
                 if now.over:
                     return now, records
                 time.sleep(every_s)
+    told = False
     while True:
         now = status()
         fresh = new_records(len(records))
         records += fresh
-        if now.hardware and not shown:
-            shown = ", ".join(f"{silo}: {what}" for silo, what in sorted(now.hardware.items()))
-            console.print(f"silos: {shown}", highlight=False)
+        if now.hardware and not told:
+            told = True
+            console.print(Text(hardware_line(now.hardware)), soft_wrap=True)
         for record in fresh:
-            console.print(round_line(record), highlight=False)
+            console.print(round_line(record), soft_wrap=True)
         if now.over:
             return now, records
         time.sleep(every_s)
 
 
+def hardware_line(hardware: Mapping[str, str]) -> str:
+    """What the silos run on, those that are alike together."""
+    alike: dict[str, list[str]] = {}
+    for silo, what in sorted(hardware.items()):
+        alike.setdefault(what, []).append(silo)
+    return "\n".join(
+        _filled(f"{len(names)} silo{'s' * (len(names) > 1)}", f"{what}: {', '.join(names)}")
+        for what, names in alike.items()
+    )
+
+
+# ------------------------------------------------------------------------------------------ final tables
 def score_table(record: Record, title: str) -> Table:
-    """Validation per source, with both means."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    table.add_column("source")
-    for name in ("nats/token", "perplexity", "bits/byte", "unigram bits/byte", "CE - unigram CE", "tokens"):
-        table.add_column(name, justify="right")
+    """Validation per source, with both means; "minus unigram" is nats/token less those of the unigram model."""
+    table = figure_table(
+        title,
+        "source", "nats/token", "perplexity", "bits/byte", "unigram\nbits/byte", "minus\nunigram", "tokens",
+    )  # fmt: skip
     for source, s in record["scores"].items():
         table.add_row(
             source, f"{s['loss']:.4f}", f"{s['perplexity']:.1f}", f"{s['bits_per_byte']:.4f}",
-            f"{s['unigram_bits_per_byte']:.4f}", f"{s['normalised']:.4f}", f"{s['tokens']:,}",
+            f"{s['unigram_bits_per_byte']:.4f}", f"{s['normalised']:.4f}", human(s["tokens"]),
         )  # fmt: skip
     mean = record["mean"]
     table.add_section()
-    table.add_row("mean of sources", "", f"{mean['perplexity']:.1f}", f"{mean['bits_per_byte']:.4f}")
-    table.add_row("all as one text", f"{mean['pooled_loss']:.4f}", "", f"{mean['pooled_bits_per_byte']:.4f}")
-    return table
-
-
-def key_values(rows: Iterable[tuple[str, Any]]) -> Table:
-    """Two quiet columns."""
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="dim")
-    table.add_column()
-    for key, value in rows:
-        table.add_row(key, str(value))
+    table.add_row("mean", "", f"{mean['perplexity']:.1f}", f"{mean['bits_per_byte']:.4f}", style="bold")
+    table.add_row("as one text", f"{mean['pooled_loss']:.4f}", "", f"{mean['pooled_bits_per_byte']:.4f}")
     return table

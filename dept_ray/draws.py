@@ -5,13 +5,10 @@ A generator with a history cannot be resumed, moved or reordered. Here every dra
 """
 
 import hashlib
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import xxhash
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 
 def seed_for(*labels: str | int) -> int:
@@ -45,6 +42,6 @@ def digest(*parts: str | bytes) -> str:
     return h.hexdigest()
 
 
-def checksum(data: "Buffer") -> str:
-    """A fast 128-bit checksum (xxh3, some 10 GB/s) of a large contiguous buffer: bodies, shards, snapshots."""
+def checksum(data: Any) -> str:
+    """A fast 128-bit checksum (xxh3, some 10 GB/s) of a large contiguous buffer (array or bytes)."""
     return xxhash.xxh3_128_hexdigest(data)

@@ -57,7 +57,7 @@ class SiloError(RunError):
     """A silo failed, or answered what it was not asked."""
 
 
-class QuorumLost(RunError):  # noqa: N818 - the name that the loop's documentation uses
+class QuorumLost(RunError):
     """Too few silos answered for the round to count."""
 
 

@@ -152,7 +152,7 @@ class RunStatus:
 
     run: str
     phase: str = "starting"
-    """starting, training, finished, stopped or failed."""
+    """starting, training, finished, stopped or failed; `not in progress` where only its folder is known."""
     round: int = 0
     """Rounds committed."""
     rounds: int = 0
@@ -163,8 +163,10 @@ class RunStatus:
     hardware: dict[str, str] = field(default_factory=dict)
     num_records: int = 0
     """Records so far; ask for the new ones by number."""
+    pid: int = 0
+    """The coordinator's process; 0 where none is running."""
 
     @property
     def over(self) -> bool:
         """Whether nothing more will happen."""
-        return self.phase in ("finished", "stopped", "failed")
+        return self.phase not in ("starting", "training")

@@ -1,6 +1,7 @@
 """Where records go: JSONL (the truth), TensorBoard (a view of it), and lines on a console.
 
-A sink is a callable that takes a record, a plain dictionary (schema: `rounds.ledger`). `Log` gives one record to several.
+A sink is a callable that takes a record, a plain dictionary (schema: `rounds.ledger`). `Log` gives one record to
+several.
 """
 
 import json

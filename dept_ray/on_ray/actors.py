@@ -1,8 +1,8 @@
 """`SiloActor` and `CoordinatorActor`: thin shells around `silo.Silo` and `rounds.train`.
 
-Plain classes; they become actors where they are placed. What they hold is passed to them, what they decide is decided below.
-The silo's `control` group answers while it trains. The coordinator trains in a thread from its first moment, so one that
-Ray restarts goes on from the last committed round by itself.
+Plain classes; they become actors where they are placed. What they hold is passed to them, what they decide is decided
+below. The silo's `control` group answers while it trains. The coordinator trains in a thread from its first moment,
+so one that Ray restarts goes on from the last committed round by itself.
 """
 
 import os
@@ -16,7 +16,7 @@ import ray
 from dept_ray.config import Job
 from dept_ray.errors import DeptError
 from dept_ray.messages import RoundOrder, RunStatus, SiloCard, SiloSpec, SiloStatus, SiloUpdate
-from dept_ray.metrics import JsonLines, Log, Record, TensorBoard, read_records
+from dept_ray.metrics import JsonLines, Log, Record, TensorBoard
 from dept_ray.rounds.control import Control
 from dept_ray.rounds.store import RunStore, run_folder
 
@@ -46,6 +46,11 @@ class SiloActor:
         return self.silo.status
 
     @ray.method(concurrency_group="control")
+    def pid(self) -> int:
+        """Its process, for an operator who wants to look, or to kill."""
+        return os.getpid()
+
+    @ray.method(concurrency_group="control")
     def stop(self, round: int, attempt: int) -> None:
         self.silo.stop(round, attempt)
 
@@ -73,6 +78,7 @@ class CoordinatorActor:
         return RunStatus(
             run=self.job.name, phase=self.phase, round=max(rounds, default=0), rounds=self.job.rounds.total,
             error=self.error, silos=self.pool.statuses(), hardware=self.pool.hardware, num_records=len(self.records),
+            pid=os.getpid(),
         )  # fmt: skip
 
     async def new_records(self, since: int) -> list[Record]:
@@ -89,7 +95,7 @@ class CoordinatorActor:
         board = None
         try:
             store = RunStore(self.job)
-            self.records = read_records(store.metrics)
+            self.records = store.history()
             board = TensorBoard(store.folder / "tensorboard")
             log = Log(JsonLines(store.metrics), board, self.records.append)
             self.phase = "training"
@@ -106,4 +112,5 @@ class CoordinatorActor:
         if self.leave:
             if error:
                 (run_folder(self.job) / "error.txt").write_text(error)
-            os._exit(0)  # a thread cannot end its actor otherwise; everything is on disk
+            # Everything is on disk. Ray would restart an actor that merely exits; one that is killed stays dead.
+            ray.kill(ray.get_runtime_context().current_actor)

@@ -1,5 +1,6 @@
 """Reaching Ray: start a local one when there is none, join the one that is named, and say early what it cannot hold."""
 
+import logging
 import os
 import socket
 import warnings
@@ -15,8 +16,12 @@ NAMESPACE = "dept_ray"
 _REACH_TIMEOUT_S = 5.0
 
 
-def connect(address: str | None = None) -> None:
+def connect(address: str | None = None, silos: int = 0) -> None:
     """Join the cluster at `address` (or RAY_ADDRESS), else start a Ray of this process alone.
+
+    Args:
+        address: HOST:PORT, ray://HOST:PORT, auto, or local.
+        silos: how many processes there will be, besides Ray Data's tasks.
 
     Raises:
         ClusterError: nothing answers there.
@@ -32,12 +37,12 @@ def connect(address: str | None = None) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if address and address != "local":
-                ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
+                ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
             else:
-                # Logical CPUs are for Ray Data's tasks; silos hold none of them.
+                # Logical CPUs are for Ray Data's tasks, and Ray warns where there are many more processes than CPUs.
                 ray.init(
-                    address="local", namespace=NAMESPACE, num_cpus=max(2, os.cpu_count() or 2),
-                    include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+                    address="local", namespace=NAMESPACE, num_cpus=max(2, os.cpu_count() or 2, silos),
+                    include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
                 )  # fmt: skip
     except (ConnectionError, RuntimeError, ValueError) as err:
         raise ClusterError(f"no Ray cluster at address {address!r}: {err}") from None
@@ -73,7 +78,7 @@ def check_room(job: Job) -> None:
         for silo, resources in wanted.items():
             if getattr(resources, what) > largest:
                 raise ClusterError(
-                    f"silo {silo} asks for resources.{what} = {getattr(resources, what):g}, but no node of the cluster has more "
+                    f"silo {silo} asks for resources.{what} = {getattr(resources, what):g}, but no node has more "
                     f"than {largest:g}: lower it in the job file, or join a cluster that has such a node (--address)"
                 )
         at_once = sum(getattr(resources, what) for resources in wanted.values())

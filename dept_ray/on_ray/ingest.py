@@ -1,7 +1,7 @@
 """Ray Data runs the tasks of `text.prepare` next to each source's text: raw text to shards, on the silos' own nodes.
 
-Every task reads and writes its source's storage and returns almost nothing; only the sample for a global tokenizer travels.
-Tasks of sources with labels run on nodes with those labels.
+Every task reads and writes its source's storage and returns almost nothing; only the sample for a global tokenizer
+travels. Tasks of sources with labels run on nodes with those labels.
 """
 
 import pickle
@@ -29,14 +29,13 @@ def ray_data_runner(job: Job) -> RunAll:
         results: dict[int, Any] = {}
         for labels, numbers in by_labels.items():
             rows = [{"number": i, "task": pickle.dumps((work, tasks[i]))} for i in numbers]
-            options = {"label_selector": dict(labels)} if labels else {}
+            options: dict[str, Any] = {"label_selector": dict(labels)} if labels else {}
             dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(_run, num_cpus=1, **options)
-            # prefetch_batches=0: hand over each result as it comes, so that progress is what it says.
-            for row in dataset.iter_batches(batch_size=1, prefetch_batches=0, batch_format="numpy"):
-                answer = pickle.loads(row["result"][0])
-                if isinstance(answer, Exception):
+            for row in dataset.iter_rows():
+                number, answer = pickle.loads(row["result"])
+                if isinstance(answer, DeptError):
                     raise answer
-                results[int(row["number"][0])] = answer
+                results[number] = answer
                 done(len(results))
         return [results[i] for i in range(len(tasks))]
 
@@ -49,4 +48,4 @@ def _run(row: dict[str, Any]) -> dict[str, Any]:
         result = work(task)
     except DeptError as err:  # returned, not raised: Ray Data would bury it in a page of its own stack
         result = err
-    return {"number": row["number"], "result": pickle.dumps(result)}
+    return {"result": pickle.dumps((row["number"], result))}

@@ -35,10 +35,12 @@ class Coordinator:
         """
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         try:
-            actor = ray.remote(
+            # Its methods only read or set a flag, so Ray may ask again after a restart.
+            remote: Any = ray.remote(CoordinatorActor)
+            actor = remote.options(
                 num_cpus=0, max_restarts=-1, max_task_retries=-1, name=_name(job.name), namespace=NAMESPACE,
                 lifetime="detached" if detach else None, scheduling_strategy=here,
-            )(CoordinatorActor).remote(job.model_dump_json(), os.cpu_count() or 1, detach)  # fmt: skip
+            ).remote(job.model_dump_json(), os.cpu_count() or 1, detach)  # fmt: skip
         except ValueError:
             raise ClusterError(
                 f"run {job.name} is in progress on this cluster: follow it with `dept-ray status {job.name}`, "
@@ -78,6 +80,8 @@ class Coordinator:
         try:
             return ray.get(getattr(self._actor, method).remote(*args), timeout=120)
         except RayActorError as err:
-            raise ClusterError(f"the run's coordinator is gone ({type(err).__name__}); its last committed round stands") from None
+            raise ClusterError(
+                f"the run's coordinator is gone ({type(err).__name__}); its last committed round stands"
+            ) from None
         except RayError as err:
             raise explain(err) from None

@@ -77,11 +77,11 @@ class RayPool:
         resources = resources_of(self.job, name)
         env = {"TOKENIZERS_PARALLELISM": "false"} | ({} if resources.num_gpus else MALLOC_SETTINGS)
         options: dict[str, Any] = {"label_selector": resources.labels} if resources.labels else {}
-        actor = ray.remote(
+        remote: Any = ray.remote(SiloActor)
+        return remote.options(
             num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, max_restarts=0, max_task_retries=0,
             concurrency_groups={"control": 2}, runtime_env={"env_vars": env}, **options,
-        )(SiloActor)  # fmt: skip
-        return actor.remote(self.job.model_dump_json(), self.specs[name])
+        ).remote(self.job.model_dump_json(), self.specs[name])  # fmt: skip
 
     def _cards(self, names: list[str]) -> dict[str, SiloCard]:
         """Wait for silos to be placed and opened.
@@ -97,9 +97,9 @@ class RayPool:
             try:
                 cards[name] = ray.get(ref, timeout=max(0.1, deadline - time.monotonic()))
             except GetTimeoutError:
-                wish = resources_of(self.job, name)
+                wish, limit = resources_of(self.job, name), self.job.rounds.start_timeout_s
                 raise ClusterError(
-                    f"silo {name} was not placed within rounds.start_timeout_s = {self.job.rounds.start_timeout_s:g} s; it asks for "
+                    f"silo {name} was not placed within rounds.start_timeout_s = {limit:g} s; it asks for "
                     f"{wish.num_gpus:g} GPUs, {wish.num_cpus:g} CPUs and labels {wish.labels}: is there such a node?"
                 ) from None
             except RayError as err:
@@ -138,7 +138,7 @@ def _distinct(orders: Mapping[str, RoundOrder]) -> list[RoundOrder]:
 def _collect(meta: Any, arrays: list[Any]) -> SiloUpdate | Exception:
     """One answer, or why there is none."""
     try:
-        update = ray.get(meta)
+        update: Any = ray.get(meta)
         body, rows = ray.get(arrays)
     except RayError as err:
         return explain(err)
@@ -152,4 +152,6 @@ def explain(err: RayError) -> DeptError:
         cause = err
     if isinstance(cause, DeptError):
         return type(cause)(*cause.args)
-    return SiloError(f"{type(cause).__name__}: {str(cause).strip().splitlines()[-1] if str(cause).strip() else 'no message'}")
+    return SiloError(
+        f"{type(cause).__name__}: {str(cause).strip().splitlines()[-1] if str(cause).strip() else 'no message'}"
+    )

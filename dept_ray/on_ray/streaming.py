@@ -1,8 +1,8 @@
 """Ray Data as the reader of a silo: one bounded dataset per window of blocks, drained, gone.
 
-An open Ray Data iterator takes a core and the interpreter's lock for as long as it lives, so none is ever open while a silo
-trains: the stream's background thread drains the next window, whose blocks a position named (Ray Data has no position).
-The read tasks run on the silo's own node, where its shards are; text never moves. The tokens are those of
+An open Ray Data iterator takes a core and the interpreter's lock for as long as it lives, so none is ever open while
+a silo trains: the stream's background thread drains the next window, whose blocks a position named (Ray Data has no
+position). The read tasks run on the silo's own node, where its shards are; text never moves. The tokens are those of
 `Shards.read`, which every task calls.
 """
 
@@ -17,7 +17,6 @@ import ray.data
 from ray.data import DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 from ray.data.extensions import ArrowTensorArray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dept_ray.on_ray.quiet import quiet_ray_data
 from dept_ray.text.shards import Corpus, ShardFile, Shards
@@ -50,13 +49,17 @@ class TokenBlocks(Datasource):
         return [
             ReadTask(
                 partial(_read, *self.where, piece, self.context),
-                BlockMetadata(num_rows=len(piece), size_bytes=len(piece) * self.row_bytes, input_files=None, exec_stats=None),
+                BlockMetadata(
+                    num_rows=len(piece), size_bytes=len(piece) * self.row_bytes, input_files=None, exec_stats=None
+                ),
             )
             for piece in np.array_split(self.blocks, count)
         ]
 
 
-def _read(folder: str, files: tuple[ShardFile, ...], dtype: str, blocks: np.ndarray, context: int) -> Iterable[pa.Table]:
+def _read(
+    folder: str, files: tuple[ShardFile, ...], dtype: str, blocks: np.ndarray, context: int
+) -> Iterable[pa.Table]:
     tokens = Shards(Path(folder), list(files), dtype).read(blocks, context)
     return [pa.table({"tokens": ArrowTensorArray.from_numpy(tokens)})]
 
@@ -66,7 +69,7 @@ class RayReader:
 
     def __init__(self, corpora: Mapping[str, Corpus], context: int) -> None:
         self.corpora, self.context = corpora, context
-        self.here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
         quiet_ray_data()
 
     def __call__(self, source: str, blocks: np.ndarray) -> np.ndarray:
@@ -74,7 +77,7 @@ class RayReader:
         dataset = ray.data.read_datasource(
             TokenBlocks(self.corpora[source].train, blocks, self.context),
             override_num_blocks=-(-len(blocks) // _BLOCKS_PER_TASK),
-            ray_remote_args={"scheduling_strategy": self.here},
+            label_selector=self.here,
         )
         batches = dataset.iter_batches(batch_size=None, batch_format="numpy")
         return np.concatenate([np.asarray(batch["tokens"]) for batch in batches])

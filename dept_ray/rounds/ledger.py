@@ -9,11 +9,13 @@ A record of event "round" has
     silos       by silo: tokens, steps, loss, epochs by source, norm and cosine (to the mean) of the body's delta,
                 down_bytes, up_bytes, seconds {load, score, train, save}
     refused     by silo: why its answer did not count
-    scores      by source, measured *before* this round's training, so of the state after `round` - 1; absent if not due:
+    scores      by source, measured *before* this round's training: of the state after `round` - 1; absent if not due:
                 loss, perplexity, bits_per_byte, unigram_bits_per_byte, normalised, tokens, text_bytes
-    mean        of scores: bits_per_byte, perplexity (means over sources) and pooled_bits_per_byte, pooled_loss (all as one text)
+    mean        of scores: bits_per_byte and perplexity (means over sources), pooled_bits_per_byte and pooled_loss
+                (all sources as one text)
 
-and the last line of a finished run, of event "scores", has run, round, time, scores and mean of the final state.
+and the last line of a finished run, of event "scores", has run, round, time, scores, mean and refused of the final
+state. A source without validation text has no scores; where there are none at all, `mean` holds nan.
 """
 
 import math
@@ -61,10 +63,12 @@ def round_record(
     return {**record, **scores_record(scores)} if scores else record
 
 
-def final_record(job: Job, round: int, scores: Mapping[str, Score]) -> dict[str, Any]:
+def final_record(
+    job: Job, round: int, scores: Mapping[str, Score], refused: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """The record that closes a run."""
     about = {"event": "scores", "run": job.name, "round": round, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    return {**about, **scores_record(scores)}
+    return {**about, **scores_record(scores), "refused": dict(refused or {})}
 
 
 def scores_record(scores: Mapping[str, Score]) -> dict[str, Any]:

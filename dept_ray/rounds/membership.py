@@ -1,9 +1,11 @@
 """Who works in a round, and whether it counts: facts in, decision out, no clock, no cluster, no memory.
 
-An answer is accepted only if it is the answer to *this* order: run, round, attempt, the body it started from, the shapes
-that were asked for, finite values, and at least one token trained. Everything else is refused with a reason, on record.
+An answer is accepted only if it is the answer to *this* order: run, round, attempt, the body it started from, the
+shapes that were asked for, finite values and loss, and at least one token trained. Everything else is refused with a
+reason, on record.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -42,7 +44,8 @@ def judge(job: Job, orders: Mapping[str, RoundOrder], answers: Mapping[str, Silo
             accepted[name] = answer
         else:
             refused[name] = str(reason)
-    needed = max(1, int(np.ceil(job.rounds.quorum * len(orders))))
+    # Rounded first: 0.28 * 25 is a little more than 7, and 7 of 25 are 28 %.
+    needed = max(1, math.ceil(round(job.rounds.quorum * len(orders), 9)))
     return Verdict(len(accepted) >= needed, accepted, refused)
 
 
@@ -58,6 +61,8 @@ def refusal(order: RoundOrder, answer: "SiloUpdate | Exception | None") -> str |
         return f"answers {given}, asked was {asked}"
     if order.steps and answer.tokens <= 0:
         return "trained no token"
+    if order.steps and not math.isfinite(answer.loss):  # all that shows where the body stays home
+        return f"loss: {answer.loss}, training diverged"
     for what, sent, back in (("body", order.body, answer.body), ("rows", order.rows, answer.rows)):
         if order.steps == 0:
             break

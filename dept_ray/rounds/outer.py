@@ -38,7 +38,9 @@ def outer_step(job: Job, state: RunState, updates: Mapping[str, SiloUpdate], car
     weights = weights_of(job, updates)
     outer, changed = job.outer, {}
     if state.body is not None:
-        g = torch.from_numpy(weighted_mean({k: u.body for k, u in updates.items() if u.body is not None}, weights)).neg_()
+        g = torch.from_numpy(
+            weighted_mean({k: u.body for k, u in updates.items() if u.body is not None}, weights)
+        ).neg_()
         changed["body"], changed["body_momentum"] = nesterov(state.body, g, state.body_momentum, outer.eta, outer.mu)
     if state.rows is not None:
         owners = {k: rows_of(cards[k], len(state.rows)) for k in updates}
@@ -75,7 +77,10 @@ def weighted_mean(deltas: Mapping[str, np.ndarray], weights: Mapping[str, float]
 
 
 def mean_over_owners(
-    deltas: Mapping[str, np.ndarray], owners: Mapping[str, np.ndarray | slice], weights: Mapping[str, float], shape: tuple[int, ...]
+    deltas: Mapping[str, np.ndarray],
+    owners: Mapping[str, np.ndarray | slice],
+    weights: Mapping[str, float],
+    shape: tuple[int, ...],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Equation (3)'s mean: for each row over the silos that own it.
 

@@ -1,7 +1,7 @@
 """`SiloPool`, the seam between rounds and wherever silos live, and `LocalPool`, its in-process twin.
 
-The loop orders and gets answers; it never knows a process, a node or a network. `LocalPool` is public API: it trains the
-silos one after the other in this process, with the same bits as a cluster, for a debugger and for tests.
+The loop orders and gets answers; it never knows a process, a node or a network. `LocalPool` is public API: it trains
+the silos one after the other in this process, with the same bits as a cluster, for a debugger and for tests.
 """
 
 import os

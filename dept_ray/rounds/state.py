@@ -49,7 +49,12 @@ class RunState:
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """By name, those that are there."""
-        named = {"body": self.body, "rows": self.rows, "body_momentum": self.body_momentum, "rows_momentum": self.rows_momentum}
+        named = {
+            "body": self.body,
+            "rows": self.rows,
+            "body_momentum": self.body_momentum,
+            "rows_momentum": self.rows_momentum,
+        }
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
@@ -76,7 +81,9 @@ def shared_vocabulary(cards: dict[str, SiloCard]) -> int:
     """
     sizes = {card.silo: card.global_vocabulary_size for card in cards.values()}
     if len(set(sizes.values())) > 1:
-        raise SiloError(f"the silos were prepared with different global vocabularies: {sizes}; run `dept-ray prepare` again")
+        raise SiloError(
+            f"the silos were prepared with different global vocabularies: {sizes}; run `dept-ray prepare` again"
+        )
     return next(iter(sizes.values()))
 
 

@@ -3,8 +3,9 @@
     runs/<run>/config.json  environment.json  metrics.jsonl  tensorboard/
     runs/<run>/rounds/000012/{body,rows,body_momentum,rows_momentum}.safetensors  manifest.json
 
-A round's tensors are written first; its manifest, which names them with their checksums, each silo's snapshot and position,
-and the round's own record, is renamed into place last. Without a manifest there is no round. Older rounds go only after.
+A round's tensors are written first; its manifest, which names them with their checksums, each silo's snapshot and
+position, and the round's own record, is renamed into place last. Without a manifest there is no round. Older rounds
+go only after.
 """
 
 import json
@@ -16,11 +17,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dept_ray.config import Job
 from dept_ray.draws import checksum
 from dept_ray.errors import StoreError, WrongRunError
-from dept_ray.metrics import read_records
+from dept_ray.metrics import Record, read_records
 from dept_ray.rounds.state import RunState, SiloRecord
+from dept_ray.silo.model import Body, Layout
 from dept_ray.text.shards import write_atomically
 
 FORMAT = 1
@@ -47,10 +51,9 @@ class RunStore:
             if config.exists():
                 self._check_owner(config)
             else:
-                about = {"fingerprint": job.fingerprint, "job": job.model_dump(mode="json")}
+                about = {"fingerprint": job.fingerprint, "identity": job.identity, "job": job.model_dump(mode="json")}
                 write_atomically(config, json.dumps(about, indent=1).encode())
             write_atomically(self.folder / "environment.json", json.dumps(_environment(), indent=1).encode())
-            self._mend_metrics()
         except OSError as err:
             raise StoreError(f"run folder {self.folder} cannot be written ({err}): mend it or set `folder`") from err
 
@@ -58,13 +61,16 @@ class RunStore:
         try:
             stored = json.loads(config.read_text())
         except ValueError as err:
-            raise StoreError(f"{config} cannot be read ({err}): restore it, or choose another name for the run") from None
+            raise StoreError(
+                f"{config} cannot be read ({err}): restore it, or choose another name for the run"
+            ) from None
         if stored["fingerprint"] != self.job.fingerprint:
-            theirs, ours = _flat(stored["job"]), _flat(self.job.model_dump(mode="json"))
-            differs = [f"{k}: {theirs.get(k)!r} there, {ours.get(k)!r} here" for k in sorted(theirs | ours) if theirs.get(k) != ours.get(k)]
-            shown = "; ".join(d for d in differs if not d.startswith(("folder", "resources")))
+            theirs, ours = _flat(stored["identity"]), _flat(self.job.identity)
+            differs = [key for key in sorted(theirs | ours) if theirs.get(key) != ours.get(key)]
+            shown = "; ".join(f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in differs)
             raise WrongRunError(
-                f"run folder {self.folder} belongs to another job ({shown}): give this job another `name`, or delete the folder"
+                f"run folder {self.folder} belongs to another job ({shown}): "
+                "give this job another `name`, or delete the folder"
             )
 
     @property
@@ -97,6 +103,7 @@ class RunStore:
                 "format": FORMAT,
                 "run": self.job.name,
                 "fingerprint": self.job.fingerprint,
+                "layout": layout_fingerprint(self.job),
                 "round": state.round,
                 "files": files,
                 "silos": {name: asdict(silo) for name, silo in state.silos.items()},
@@ -105,7 +112,9 @@ class RunStore:
             }
             write_atomically(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
         except OSError as err:
-            raise StoreError(f"round {state.round} cannot be written to {folder} ({err}); round {state.round - 1} stands") from err
+            raise StoreError(
+                f"round {state.round} cannot be written to {folder} ({err}); round {state.round - 1} stands"
+            ) from err
         for old in self.rounds()[: -self.job.rounds.keep]:
             shutil.rmtree(self.folder / "rounds" / f"{old:06d}", ignore_errors=True)
 
@@ -120,10 +129,16 @@ class RunStore:
             StoreError: its files are missing or altered.
             WrongRunError: the prepared tokens are not those that it was trained on.
         """
+        self.history()
         rounds = self.rounds()
         if not rounds:
             return None
         state, manifest = load_round(self.folder, rounds[-1])
+        if manifest["layout"] != layout_fingerprint(self.job):
+            raise WrongRunError(
+                f"run folder {self.folder} was written by a version that orders the body's parameters otherwise: "
+                "go on with that version, or give the job another `name`"
+            )
         for source, fingerprint in manifest["corpora"].items():
             if corpora.get(source, fingerprint) != fingerprint:
                 raise WrongRunError(
@@ -132,14 +147,20 @@ class RunStore:
                 )
         return state
 
-    def _mend_metrics(self) -> None:
-        """Records of committed rounds and no others: a crash may have lost a line, or left one of no fact."""
+    def history(self) -> list[Record]:
+        """The records of all committed rounds, for one who is about to train.
+
+        `metrics.jsonl` is made to agree: a crash may have lost a line, or left one of no fact.
+        """
         rounds = self.rounds()
-        records = [r for r in read_records(self.metrics) if rounds and r["event"] == "round" and r["round"] < rounds[-1]]
+        records = [
+            r for r in read_records(self.metrics) if rounds and r["event"] == "round" and r["round"] < rounds[-1]
+        ]
         if rounds:
             manifest = read_manifest(self.folder / "rounds" / f"{rounds[-1]:06d}")
             records.append(manifest["record"])
         write_atomically(self.metrics, "".join(json.dumps(record) + "\n" for record in records).encode())
+        return records
 
 
 def load_round(folder: Path, round: int) -> tuple[RunState, dict[str, Any]]:
@@ -157,11 +178,15 @@ def load_round(folder: Path, round: int) -> tuple[RunState, dict[str, Any]]:
         for name, expected in manifest["files"].items():
             blob = (where / f"{name}.safetensors").read_bytes()
             if checksum(blob) != expected:
-                raise StoreError(f"{where / name}.safetensors was altered: restore it, or delete {where} to go back a round")
+                raise StoreError(
+                    f"{where / name}.safetensors was altered: restore it, or delete {where} to go back a round"
+                )
             tensors[name] = load(blob)[name]
         silos = {name: SiloRecord(**silo) for name, silo in manifest["silos"].items()}
     except (OSError, ValueError, KeyError, TypeError) as err:
-        raise StoreError(f"round {round} in {where} cannot be read ({err}): restore it, or delete the folder to go back a round") from err
+        raise StoreError(
+            f"round {round} in {where} cannot be read ({err}): restore it, or delete the folder to go back a round"
+        ) from err
     return RunState(manifest["round"], silos, **tensors), manifest
 
 
@@ -172,9 +197,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         StoreError: it cannot be read.
     """
     try:
-        return json.loads((folder / "manifest.json").read_text())
-    except (OSError, ValueError) as err:
-        raise StoreError(f"{folder}/manifest.json cannot be read ({err}): restore it, or delete {folder} to go back a round") from err
+        manifest = json.loads((folder / "manifest.json").read_text())
+        if missing := {"round", "files", "silos", "corpora", "layout", "record"} - set(manifest):
+            raise ValueError(f"{', '.join(sorted(missing))} missing")
+        return manifest
+    except (OSError, ValueError, TypeError) as err:
+        raise StoreError(
+            f"{folder}/manifest.json cannot be read ({err}): restore it, or delete {folder} to go back a round"
+        ) from err
+
+
+def layout_fingerprint(job: Job) -> str:
+    """What each element of a body's flat vector means; nothing is allocated."""
+    with torch.device("meta"):
+        return Layout.of(Body(job.model)).fingerprint
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

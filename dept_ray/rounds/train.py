@@ -1,8 +1,9 @@
 """THE OUTER LOOP: Algorithm 1 of DEPT (arXiv 2410.05021) on one screen. Start reading here.
 
-Each round: choose silos, order them to train from the shared body, judge what comes back, make the outer step, and only then,
-by one rename on disk, let it be a fact. Where silos live (`pool`), where facts are kept (`store`), who watches (`log`) and
-who interferes (`control`) are arguments; the same loop runs in process and on a cluster, bit for bit.
+Each round: choose silos, order them to train from the shared body, judge what comes back, make the outer step, and
+only then, by one rename on disk, let it be a fact. Where silos live (`pool`), where facts are kept (`store`), who
+watches (`log`) and who interferes (`control`) are arguments; the same loop runs in process and on a cluster, bit for
+bit.
 """
 
 import time
@@ -64,8 +65,8 @@ def _until_it_counts(
     assert verdict is not None
     reasons = "; ".join(f"{silo}: {reason}" for silo, reason in verdict.refused.items())
     raise QuorumLost(
-        f"round {state.round + 1} failed {job.rounds.attempts} times, {len(verdict.accepted)} of {len(chosen)} silos answered "
-        f"({reasons}); round {state.round} stands: mend the cause and run the same command again"
+        f"round {state.round + 1} failed {job.rounds.attempts} times: {len(verdict.accepted)} of {len(chosen)} silos "
+        f"answered ({reasons}); round {state.round} stands: mend the cause and run the same command again"
     )
 
 
@@ -89,7 +90,13 @@ def orders_for(
 
 
 def _final_scores(job: Job, state: RunState, cards: Mapping[str, SiloCard], pool: SiloPool) -> dict[str, Any]:
-    """What the finished model is worth on every source."""
-    orders = orders_for(job, state, sorted(cards), cards, attempt=0, steps=0)
-    verdict = judge(job, orders, pool.run_round(orders))
-    return final_record(job, state.round, {k: s for u in verdict.accepted.values() for k, s in u.scores.items()})
+    """What the finished model is worth on every source; a silo that fails is asked again."""
+    scores, refused = {}, dict.fromkeys(sorted(cards), "")
+    for attempt in range(job.rounds.attempts):
+        orders = orders_for(job, state, list(refused), cards, attempt=attempt, steps=0)
+        verdict = judge(job, orders, pool.run_round(orders))
+        scores |= {source: score for update in verdict.accepted.values() for source, score in update.scores.items()}
+        refused = verdict.refused
+        if not refused:
+            break
+    return final_record(job, state.round, scores, refused)

@@ -1,4 +1,5 @@
-"""What a silo runs on, and every choice that follows from it, in one place (SPEED.md): device, threads, precision, compilation.
+"""What a silo runs on, and every choice that follows from it, in one place (SPEED.md): device, threads, precision,
+compilation.
 
 Chosen from the job and the machine alone, never from how far the run is, so that a resumed run makes the same choices
 and therefore the same bits. Attention and the loss choose for themselves, by device and size (`attention`, `loss`).
@@ -60,7 +61,9 @@ def choose_hardware(job: Job, threads: int, gpu: bool) -> Hardware:
         ClusterError: a GPU is asked for, and this process sees none.
     """
     if gpu and not torch.cuda.is_available():
-        raise ClusterError("resources.num_gpus is above 0, but this process sees no CUDA GPU: set it to 0 to train on the CPU")
+        raise ClusterError(
+            "resources.num_gpus is above 0, but this process sees no CUDA GPU: set it to 0 to train on the CPU"
+        )
     device = "cuda" if gpu else "cpu"
     autocast = job.inner.precision == "bf16" or (job.inner.precision == "auto" and _has_bf16(device))
     compile_ = job.inner.compile == "always" or (

@@ -32,7 +32,9 @@ def cosine(step: int, *, steps: int, warmup: int, peak: float, floor: float) -> 
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def make_optimizer(job: Job, body: torch.Tensor, layout: Layout, body_grad: torch.Tensor, embedding: Embedding) -> torch.optim.AdamW:
+def make_optimizer(
+    job: Job, body: torch.Tensor, layout: Layout, body_grad: torch.Tensor, embedding: Embedding
+) -> torch.optim.AdamW:
     """AdamW over the flat body (matrices, then vectors), the tokens and the positions; decay on matrices only."""
 
     def part(start: int, stop: int) -> torch.nn.Parameter:
@@ -95,6 +97,7 @@ def train_steps(
     done, began, watched = 0, time.perf_counter(), time.perf_counter()
     tokens_per_step = inner.batch_size * inner.context
     model.train()
+    optimizer.zero_grad(set_to_none=False)  # a round that broke off in the middle of a step left its own there
     for batch in batches:
         if should_stop():
             break
@@ -125,6 +128,8 @@ def _set_rates(optimizer: torch.optim.AdamW, job: Job, step: int, embedding_peri
     tokens_rate = rate
     if embedding_period is not None:
         warmup = min(inner.warmup_steps, embedding_period // 10)
-        tokens_rate = cosine(step % embedding_period, steps=embedding_period, warmup=warmup, peak=inner.lr, floor=inner.lr_floor)
+        tokens_rate = cosine(
+            step % embedding_period, steps=embedding_period, warmup=warmup, peak=inner.lr, floor=inner.lr_floor
+        )
     for group in optimizer.param_groups:
         group["lr"] = tokens_rate if group["name"] == "tokens" else rate

@@ -12,6 +12,9 @@ multiplies in fp32. At N=4096, V=50257, D=256 on one thread of an EPYC, seconds 
     checkpoint per chunk    5.1    390     3.5    480
     torch, chunked          5.2    140     5.4    150
     here, 512 rows          3.0    320     2.2    370
+
+With malloc told to keep its memory (silo/hardware.py) logits at once are a tenth faster than here, for five times the
+memory; at V=8192 and compiled they are never faster. So there is one way only.
 """
 
 from typing import Any

@@ -260,7 +260,7 @@ def _rotation(T: int, head_width: int, device: torch.device) -> Rotation:
 
 
 def _rotate(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-    """Turn the pairs (x[i], x[i + Dh/2]) by their position's angles: Hugging Face's pairs, not the paper's (2i, 2i+1)."""
+    """Turn the pairs (x[i], x[i + Dh/2]) by their position's angles: Hugging Face's pairs, not RoFormer's."""
     cos, sin = rotation
     first, second = x.chunk(2, -1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)

@@ -18,7 +18,9 @@ from dept_ray.text.tokenizer import Vocabulary
 
 
 @torch.no_grad()
-def score_corpus(model: LanguageModel, corpus: Corpus, vocabulary: Vocabulary, context: int, rows: int, hardware: Hardware) -> Score:
+def score_corpus(
+    model: LanguageModel, corpus: Corpus, vocabulary: Vocabulary, context: int, rows: int, hardware: Hardware
+) -> Score:
     """Cross-entropy of a corpus's validation split.
 
     Args:
@@ -50,28 +52,29 @@ def score_corpus(model: LanguageModel, corpus: Corpus, vocabulary: Vocabulary, c
 
 
 def loss(score: Score) -> float:
-    """Nats per token."""
-    return score.nats / max(1, score.tokens)
+    """Nats per token; nan where nothing was scored."""
+    return score.nats / score.tokens if score.tokens else math.nan
 
 
 def perplexity(score: Score) -> float:
     """exp of nats per token; compares within one vocabulary only."""
-    return math.exp(min(loss(score), 700.0))
+    nats = loss(score)
+    return math.exp(nats) if nats < 700.0 else math.inf if nats >= 700.0 else math.nan
 
 
 def bits_per_byte(score: Score) -> float:
     """Bits per UTF-8 byte of the text; compares across vocabularies."""
-    return score.nats / math.log(2) / max(1, score.text_bytes)
+    return score.nats / math.log(2) / score.text_bytes if score.text_bytes else math.nan
 
 
 def unigram_bits_per_byte(score: Score) -> float:
     """Bits per byte of the smoothed unigram model of the same tokens."""
-    return score.unigram_nats / math.log(2) / max(1, score.text_bytes)
+    return score.unigram_nats / math.log(2) / score.text_bytes if score.text_bytes else math.nan
 
 
 def normalised(score: Score) -> float:
     """Unigram-normalised cross-entropy, nats per token: CE_model - CE_unigram; the lower, the more was learnt."""
-    return (score.nats - score.unigram_nats) / max(1, score.tokens)
+    return (score.nats - score.unigram_nats) / score.tokens if score.tokens else math.nan
 
 
 def macro(values: Iterable[float]) -> float:

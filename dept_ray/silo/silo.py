@@ -42,7 +42,7 @@ def open_corpora(job: Job, spec: SiloSpec) -> dict[str, Corpus]:
     """The prepared tokens of a silo's sources.
 
     Raises:
-        ShardError: a source is not prepared, its shards were altered, or it is smaller than a batch.
+        ShardError: a source is not prepared, or its shards were altered.
     """
     kind = "own" if spec.vocabulary == "own" else "global"
     return {name: open_corpus(corpus_folder(job, name, kind)) for name in spec.sources}
@@ -78,17 +78,25 @@ class Silo:
         clock: seconds, for what is reported.
 
     Raises:
-        ShardError: its shards are missing or altered, or too few for one batch.
+        ShardError: its shards are missing or altered.
+        SiloError: they are too few for one batch.
     """
 
-    def __init__(self, job: Job, spec: SiloSpec, read: Read | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, job: Job, spec: SiloSpec, read: Read | None = None, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self.job, self.spec, self._clock = job, spec, clock
         self.hardware = choose_hardware(job, spec.threads, spec.gpu)
         self.corpora = open_corpora(job, spec)
         self.vocabulary = vocabulary_of(spec, self.corpora)
-        self.stream = self._make_stream(read or (lambda name, blocks: self.corpora[name].train.read(blocks, job.inner.context)))
+        self.stream = self._make_stream(
+            read or (lambda name, blocks: self.corpora[name].train.read(blocks, job.inner.context))
+        )
         self.layout = Layout.of(body := Body(job.model))
-        self.model = LanguageModel(body, Embedding(self.vocabulary.size, job.model, job.positions)).to(self.hardware.device)
+        body.recompute = job.inner.checkpoint_activations
+        self.model = LanguageModel(body, Embedding(self.vocabulary.size, job.model, job.positions)).to(
+            self.hardware.device
+        )
         self.body, self._body_grad = flatten_parameters(self.model.body, self.layout)
         self._loss_of = torch.compile(self.model.loss) if self.hardware.compile else self.model.loss
         self._optimizer = self._new_optimizer()
@@ -142,6 +150,7 @@ class Silo:
         self._after = NOWHERE  # until it is saved, what is in memory has no name
         with self._timed("train", seconds):
             trained = self._train(order)
+        self._stop_at = None
         position = self.stream.advance(order.position, trained.steps)
         self.stream.read_ahead(position, order.steps)
         self._say("saving", order)
@@ -157,11 +166,12 @@ class Silo:
         return update
 
     def score(self) -> dict[str, Score]:
-        """Validation of every source, with the parameters as they are."""
+        """Validation of every source that has some, with the parameters as they are."""
         rows = max(1, 8192 // self.job.inner.context)
         return {
             name: score_corpus(self.model, corpus, self.vocabulary, self.job.inner.context, rows, self.hardware)
             for name, corpus in self.corpora.items()
+            if corpus.validation.tokens
         }
 
     # ------------------------------------------------------------------------------------ the parts of obeying
@@ -209,7 +219,9 @@ class Silo:
         """Copy what is shared into the model."""
         if order.body is not None:
             if order.body.shape != (self.layout.size,):
-                raise SiloError(f"silo {self.spec.silo}: ordered a body of {order.body.shape}, mine has {self.layout.size} values")
+                raise SiloError(
+                    f"silo {self.spec.silo}: ordered a body of {order.body.shape}, mine has {self.layout.size} values"
+                )
             if checksum(order.body) != order.fingerprint:
                 raise SiloError(f"silo {self.spec.silo}: the body of round {order.round} arrived altered")
             _copy(self.body, order.body)
@@ -230,7 +242,13 @@ class Silo:
         if self._keeps_moments:
             parts["optimizer"] = self._moments()
         folder = silo_folder(self.job, self.spec.silo)
-        about = {"run": self.job.name, "silo": self.spec.silo, "round": order.round, "attempt": order.attempt, "position": position}
+        about = {
+            "run": self.job.name,
+            "silo": self.spec.silo,
+            "round": order.round,
+            "attempt": order.attempt,
+            "position": position,
+        }
         save_snapshot(folder / name, parts, about)
         if order.after is not None:
             prune_snapshots(folder, order.after, self.job.rounds.keep)
@@ -288,7 +306,8 @@ class Silo:
             if stream.num_blocks < inner.batch_size:
                 raise SiloError(
                     f'source "{name}" has {stream.num_blocks} blocks of {inner.context} tokens, fewer than one batch '
-                    f"(inner.batch_size = {inner.batch_size}): lower inner.batch_size or inner.context, or give it more text"
+                    f"(inner.batch_size = {inner.batch_size}): lower inner.batch_size or inner.context, "
+                    "or give it more text"
                 )
         tau = self.job.mixture.temperature
         weights = {n: self.job.source(n).weight * c.train.tokens**tau for n, c in self.corpora.items()}
@@ -302,7 +321,6 @@ class Silo:
         began = self._clock()
         yield
         seconds[what] = self._clock() - began
-
 
 
 def _copy(target: torch.Tensor, source: np.ndarray) -> None:

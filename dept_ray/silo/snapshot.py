@@ -49,7 +49,9 @@ def save_snapshot(folder: Path, parts: Parts, state: dict[str, Any]) -> None:
             checksums[stem] = checksum(blob)
         write_atomically(folder / "state.json", json.dumps({**state, "files": checksums}, indent=1).encode())
     except OSError as err:
-        raise StoreError(f"snapshot {folder} cannot be written ({err}): free space or mend the folder, then run again") from err
+        raise StoreError(
+            f"snapshot {folder} cannot be written ({err}): free space or mend the folder, then run again"
+        ) from err
 
 
 def load_snapshot(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
@@ -66,9 +68,11 @@ def load_snapshot(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dic
         for stem, expected in state["files"].items():
             blob = (folder / f"{stem}.safetensors").read_bytes()
             if checksum(blob) != expected:
-                raise StoreError(f"snapshot file {folder / stem}.safetensors was altered: restore it, or start another run")
+                raise StoreError(
+                    f"snapshot file {folder / stem}.safetensors was altered: restore it, or start another run"
+                )
             parts[stem] = load(blob)
-    except (OSError, ValueError, KeyError) as err:
+    except (OSError, ValueError, KeyError, TypeError) as err:
         raise StoreError(f"snapshot {folder} cannot be read ({err}): restore it, or start another run") from err
     return parts, state
 

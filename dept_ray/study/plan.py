@@ -15,24 +15,16 @@ Bytes are those of fp32 on the wire (4 a value), before any codec.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING
 
 from dept_ray.config import Job
 from dept_ray.errors import ConfigError
 from dept_ray.rounds.methods import Method, method_of, silos_of, silos_per_round
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-    from rich.table import Table
 
 FP32_BYTES = 4
 MANY_EPOCHS = 4.0
 """Past this, repeated text teaches less and less (METHOD.md section 6)."""
 GPU_MICRO_BATCH = 16
 """`inner.micro_batch` in force on a GPU where the job leaves it open, as silo/hardware.py chooses."""
-
-LOGITS_CHUNK = 2048
-"""Tokens whose logits a chunked loss holds at once."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +57,14 @@ class Memory:
     """See `activation_bytes`."""
     activations_otherwise: int
     """The same under the other setting of `inner.checkpoint_activations`; not in the total."""
-    logits: int
-    """Of the whole micro-batch at once; see `logit_bytes`."""
-    logits_chunked: int
-    """Of `LOGITS_CHUNK` tokens at once, what a chunked loss is bound to; not in the total."""
+    loss: int
+    """Of one chunk of rows, and the head's gradient on its way; see `loss_bytes`."""
+    loss_rows: int
+    """Tokens in such a chunk."""
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.moments + self.casts + self.activations + self.logits
+        return self.weights + self.gradients + self.moments + self.casts + self.activations + self.loss
 
 
 @dataclass(frozen=True)
@@ -296,9 +288,26 @@ def activation_bytes(job: Job, micro_batch: int, checkpointed: bool) -> int:
     return micro_batch * job.inner.context * (blocks + (4 + c) * model.width)
 
 
-def logit_bytes(job: Job, num_tokens: int, vocabulary_size: int) -> int:
-    """Logits of `num_tokens` tokens at once: them and their gradient in c bytes, an fp32 copy and its log-softmax."""
-    return num_tokens * vocabulary_size * (2 * _value_bytes(job) + 2 * FP32_BYTES)
+def loss_bytes(num_rows: int, vocabulary_size: int, width: int) -> int:
+    """What the loss of a micro-batch holds at its peak, as silo/loss.py computes it: `num_rows` tokens at a time.
+
+    Per logit of a chunk 8 bytes, whatever the precision: the logit in fp32, and the exponential that its logsumexp is
+    summed from (later, in its place, the gradient's cast). Beside them two fp32 (V, D): the head's gradient, which
+    grows from chunk to chunk, and the product that is added to it (in the backward pass its scaled copy).
+    """
+    return 2 * FP32_BYTES * vocabulary_size * (num_rows + width)
+
+
+def loss_rows(job: Job, num_tokens: int, vocabulary_size: int) -> int:
+    """Tokens in one chunk of the loss of `num_tokens`: more where it is compiled, so that the chunks are few."""
+    from dept_ray.silo.hardware import choose_hardware
+    from dept_ray.silo.loss import CHUNK_BYTES, CHUNK_ROWS, COMPILED_CHUNKS
+
+    device = "cuda" if job.resources.num_gpus else "cpu"
+    rows = max(1, min(CHUNK_ROWS[device], CHUNK_BYTES[device] // (FP32_BYTES * vocabulary_size)))
+    if choose_hardware(job, threads=1, gpu=False).compile:  # which does not hang on the device
+        rows = max(rows, -(-num_tokens // COMPILED_CHUNKS))
+    return min(rows, num_tokens)
 
 
 def _value_bytes(job: Job) -> int:
@@ -382,6 +391,7 @@ def _memory(job: Job, parameters: int, vocabulary_size: int) -> Memory:
     )
     if inner.batch_size % micro_batch:
         micro_batch = 1
+    rows = loss_rows(job, micro_batch * inner.context, vocabulary_size)
     return Memory(
         weights=FP32_BYTES * parameters,
         gradients=FP32_BYTES * parameters,
@@ -389,8 +399,8 @@ def _memory(job: Job, parameters: int, vocabulary_size: int) -> Memory:
         casts=2 * parameters if _value_bytes(job) == 2 else 0,
         activations=activation_bytes(job, micro_batch, inner.checkpoint_activations),
         activations_otherwise=activation_bytes(job, micro_batch, not inner.checkpoint_activations),
-        logits=logit_bytes(job, micro_batch * inner.context, vocabulary_size),
-        logits_chunked=logit_bytes(job, min(LOGITS_CHUNK, micro_batch * inner.context), vocabulary_size),
+        loss=loss_bytes(rows, vocabulary_size, job.model.width),
+        loss_rows=rows,
     )
 
 
@@ -430,140 +440,6 @@ def _notes(method: Method, silos: list[SiloPlan], global_size: int | None) -> tu
 
 def _few(names: list[str]) -> str:
     return ", ".join(names) if len(names) <= 3 else f"{names[0]}, {names[1]} and {len(names) - 2} more"
-
-
-def render(costs: Plan) -> "RenderableType":
-    """The plan as tables for a terminal of 100 columns."""
-    from rich.console import Group
-    from rich.text import Text
-
-    tables = [_silo_table(costs), _traffic_table(costs), _memory_table(costs), _length_table(costs)]
-    return Group(
-        Text(headline(costs), style="bold"),
-        *(part for table in tables if table is not None for part in (Text(), table)),
-        *(Text(f"note: {note}", style="yellow") for note in costs.notes),
-    )
-
-
-def headline(costs: Plan) -> str:
-    """The one sentence to remember."""
-    name, silos = costs.method.name.upper(), len(costs.silos)
-    if costs.method.mixed:
-        return f"{name} trains one silo on a mixture of {len(costs.silos[0].sources)} sources; no silo sends anything"
-    if not costs.step_values:
-        return f"{name} trains {silos} silos, each alone; no silo sends anything"
-    if costs.reduction is None:
-        return f"{name} sends {human(costs.step_values)} parameters per silo and step"
-    return f"{name} sends {float(f'{costs.reduction:.3g}'):,.0f} times less than data-parallel training"
-
-
-def _table(title: str, *columns: str) -> "Table":
-    """A table whose first column is words and whose others are figures."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.caption_justify, table.caption_style = "left", "dim"
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=bool(number))
-    return table
-
-
-def _silo_table(costs: Plan) -> "Table":
-    """One line per silo; silos that cost the same share one."""
-    alike: dict[tuple[str, ...], list[str]] = {}
-    for silo in costs.silos:
-        p, epochs = silo.parameters, [r.epochs for r in silo.sources if r.epochs is not None]
-        figures = (
-            f"{silo.vocabulary_size:,}",
-            *(human(count) for count in (p.body, p.rows, p.positions, p.total, silo.round_tokens, silo.total_tokens)),
-            " to ".join(dict.fromkeys(f"{e:.2g}" for e in (min(epochs), max(epochs)))) if epochs else "?",
-            human(silo.memory.total, "B"),
-        )
-        alike.setdefault(figures, []).append(silo.name)
-    table = _table(
-        "What a silo holds and reads",
-        "silo", "|V_k|", "body", "+ rows", "+ pos.", "= params", "tok/round", "tok/run", "epochs", "memory",
-    )  # fmt: skip
-    for figures, names in alike.items():
-        table.add_row(f"{len(names)} alike" if len(names) > 1 else names[0], *figures)
-    lines = [f"{len(names)} alike: {', '.join(names)}" for names in alike.values() if len(names) > 1]
-    if costs.silos_per_round < len(costs.silos):
-        lines.append("tok/run is expected: which silos a round draws is not known yet")
-    table.caption = "\n".join(lines) or None
-    return table
-
-
-def _traffic_table(costs: Plan) -> "Table | None":
-    """The method beside data-parallel training, whichever of them sends anything."""
-    sides = {f"{costs.method.name.upper()}": costs.step_values} if costs.step_values else {}
-    if costs.data_parallel is not None:
-        sides[f"data-parallel, |V| = {costs.data_parallel.vocabulary_size:,}"] = costs.data_parallel.step_values
-    if not sides:
-        return None
-    silos, steps, rounds = costs.silos_per_round, costs.local_steps, costs.rounds
-    table = _table("What travels, in fp32", "", *sides)
-    table.add_row("parameters per step, one way (as the paper counts)", *(human(values) for values in sides.values()))
-    for what, times in (
-        ("bytes per step, down + up", 1),
-        (f"bytes per round of {steps} steps, down + up", steps),
-        (f"the same for {silos} silos" if silos > 1 else "", steps * silos),
-        (f"the same for {rounds} rounds", steps * silos * rounds),
-    ):
-        if what:
-            table.add_row(what, *(human(2 * FP32_BYTES * values * times, "B") for values in sides.values()))
-    if costs.embedding_saved:
-        share = f"{costs.embedding_saved_share:.0%}"
-        table.caption = (
-            f"each silo saves {human(costs.embedding_saved)} embedding parameters, {share} of the global ones"
-        )
-    return table
-
-
-def _memory_table(costs: Plan) -> "Table":
-    silo = max(costs.silos, key=lambda silo: silo.memory.total)
-    m = silo.memory
-    table = _table(
-        "Memory while it trains (estimate)",
-        "silo", "weights", "gradients", "AdamW", "bf16 copy", "activations", "logits", "total",
-    )  # fmt: skip
-    figures = (m.weights, m.gradients, m.moments, m.casts, m.activations, m.logits, m.total)
-    table.add_row(silo.name, *(human(figure, "B") for figure in figures))
-    verb = "without" if m.activations_otherwise > m.activations else "with"
-    table.caption = (
-        f"{verb} checkpoint_activations: {human(m.activations_otherwise, 'B')} of activations\n"
-        f"with a loss in chunks of {LOGITS_CHUNK:,} tokens: {human(m.logits_chunked, 'B')} of logits"
-    )
-    return table
-
-
-def _length_table(costs: Plan) -> "Table":
-    standard, chosen = costs.standard, f"{costs.silos_per_round} of {len(costs.silos)} silos a round"
-    table = _table("How long it is", "", "steps", "tokens")
-    own = f"{costs.rounds} rounds x {costs.local_steps} steps" + ("" if costs.method.mixed else f", {chosen}")
-    table.add_row(own, f"{costs.total_steps:,}", human(costs.total_tokens))
-    if costs.silos_per_round > 1:
-        for words, steps, tokens in (
-            ("STD of as many steps", standard.step_matched_steps, standard.step_matched_tokens),
-            ("STD of as many tokens", standard.token_matched_steps, standard.token_matched_tokens),
-        ):
-            table.add_row(words, f"{steps:,}", human(tokens))
-    return table
-
-
-def human(number: float, unit: str = "") -> str:
-    """Three digits and a letter.
-
-    >>> human(278_715_648), human(85_056_000 * 4, "B"), human(500)
-    ('279M', '340 MB', '500')
-    """
-    letters = ("", "k", "M", "G" if unit else "B", "T")
-    power = 0
-    while abs(number) >= 999.5 and power < len(letters) - 1:
-        number, power = number / 1000, power + 1
-    whole = abs(number) >= 99.95 or (power == 0 and float(number).is_integer())
-    digits = 0 if whole else 1 if abs(number) >= 9.995 else 2
-    return f"{number:.{digits}f}{' ' if unit else ''}{letters[power]}{unit}"
 
 
 def plan_job(job: Job) -> Plan:

@@ -1,29 +1,33 @@
 """Packed token shards: flat files of uint16 or uint32 ids, memory-mapped, and the index that vouches for them.
 
-A shard is one stream `<eot> doc <eot> doc ... <eot>`. It is cut into *blocks* of `context` predictions when it is read, not when
-it is written: block i of a shard is the tokens [i*T, i*T + T + 1), so every token but the first is predicted
-exactly once and the same shards serve every context length. The index is written last and atomically and holds the
-size and checksum of each file; a folder without an index is no corpus, and a file that differs is never read.
+A shard is one stream `<eot> doc <eot> doc ... <eot>`. It is cut into *blocks* of `context` predictions when it is
+read, not when it is written: block i of a shard is the tokens [i*T, i*T + T + 1), so each token but the first is
+predicted exactly once and the same shards serve every context length. Only whole blocks are trained on; a sweep pads
+the last. The index is written last and atomically and holds the size and checksum of each file; a folder without an
+index is no corpus, and a file that differs is never read.
 """
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from dept_ray.draws import checksum, digest
 from dept_ray.errors import ShardError
-from dept_ray.text.tokenizer import Vocabulary, unigram_nats
+from dept_ray.text.tokenizer import Vocabulary, open_tokenizer, unigram_nats
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 Split = Literal["train", "validation"]
 FORMAT = 1
+_REMEDY = "delete the folder {} and run `dept-ray prepare` again"
 
 
 @dataclass(frozen=True)
@@ -59,10 +63,11 @@ def write_shard(path: Path, documents: Iterable[np.ndarray], end: int, dtype: st
 
 def write_atomically(path: Path, data: "np.ndarray | bytes") -> None:
     """Write a file whole or not at all: temporary name, fsync, rename."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # Random, for on shared storage two machines may give their writers the same process number.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(memoryview(data).cast("B") if isinstance(data, np.ndarray) else data)
+            file.write(data.tobytes() if isinstance(data, np.ndarray) else data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -90,7 +95,8 @@ class Shards:
     def map(self, shard: int) -> np.ndarray:
         """One file's tokens, memory-mapped, read-only."""
         if shard not in self._maps:
-            self._maps[shard] = np.memmap(self.folder / self.files[shard].name, dtype=self.dtype, mode="r")
+            path = self.folder / self.files[shard].name
+            self._maps[shard] = np.memmap(path, dtype=self.dtype, mode="r").view(np.ndarray)
         return self._maps[shard]
 
     def starts(self, context: int) -> np.ndarray:
@@ -101,14 +107,22 @@ class Shards:
     def read(self, blocks: np.ndarray, context: int) -> np.ndarray:
         """Tokens of these blocks, in this order: (n,) -> (n, context + 1)."""
         starts = self.starts(context)
+        assert not len(blocks) or (blocks.min() >= 0 and blocks.max() < starts[-1])
         out = np.empty((len(blocks), context + 1), dtype=self.dtype)
-        shards = np.searchsorted(starts, blocks, side="right") - 1
-        for i, (shard, block) in enumerate(zip(shards.tolist(), (blocks - starts[shards]).tolist(), strict=True)):
-            out[i] = self.map(shard)[block * context : block * context + context + 1]
+        shard_of = np.searchsorted(starts, blocks, side="right") - 1
+        for shard in np.unique(shard_of).tolist():
+            rows = np.flatnonzero(shard_of == shard)
+            # A view in which row i is block i: rows overlap by one token, and only those asked for are copied.
+            all_blocks = sliding_window_view(self.map(shard), context + 1)[::context]
+            out[rows] = all_blocks[blocks[rows] - starts[shard]]
         return out
 
     def sweep(self, context: int, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """All predictions once, in order, `rows` sequences at a time: (n, T) inputs and targets, int64; -1 pads targets."""
+        """All predictions once, in order, `rows` sequences at a time.
+
+        Yields:
+            (n, T) inputs and targets, int64; the last sequence of a shard is padded, its targets with -1.
+        """
         for shard in range(len(self.files)):
             tokens = self.map(shard)
             for start in range(0, len(tokens) - 1, rows * context):
@@ -132,11 +146,11 @@ class Shards:
             found = path.stat().st_size if path.exists() else None
             if found != expected:
                 what = "is missing" if found is None else f"has {found} bytes, its index says {expected}"
-                raise ShardError(f"shard {path} {what}: delete the folder {self.folder} and run `dept-ray prepare` again")
+                raise ShardError(f"shard {path} {what}: {_REMEDY.format(self.folder)}")
             if checksum(self.map(i)) != file.checksum:
                 raise ShardError(
                     f"shard {path} does not match its fingerprint (altered since it was written): "
-                    f"delete the folder {self.folder} and run `dept-ray prepare` again"
+                    f"{_REMEDY.format(self.folder)}"
                 )
 
 
@@ -167,9 +181,7 @@ class Corpus:
     @property
     def tokenizer(self) -> "Tokenizer":
         """The tokenizer that made these tokens."""
-        from tokenizers import Tokenizer
-
-        return Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+        return open_tokenizer(self.folder / "tokenizer.json")
 
     def unigram_nats(self, vocabulary: Vocabulary) -> np.ndarray:
         """Surprise of each row of a vocabulary under the source's unigram model: (V_k,) nats."""
@@ -177,17 +189,25 @@ class Corpus:
         return unigram_nats(counts)
 
 
-def write_index(folder: Path, train: list[ShardFile], validation: list[ShardFile], *, dtype: str, end_of_text: int,
-                counts: dict[Split, np.ndarray]) -> None:  # fmt: skip
+def write_index(
+    folder: Path,
+    train: list[ShardFile],
+    validation: list[ShardFile],
+    *,
+    dtype: str,
+    end_of_text: int,
+    counts: Mapping[Split, np.ndarray],
+) -> None:
     """Make a folder of shards and tokenizer.json a corpus: counts first, the index last."""
     from safetensors.numpy import save
 
-    write_atomically(folder / "counts.safetensors", save({name: array.astype(np.int64) for name, array in counts.items()}))
+    whole = {split: array.astype(np.int64) for split, array in counts.items()}
+    write_atomically(folder / "counts.safetensors", save(whole))
     index = {
         "format": FORMAT,
         "dtype": dtype,
         "end_of_text": end_of_text,
-        "fingerprint": digest(*(file.checksum for file in [*train, *validation]), (folder / "tokenizer.json").read_bytes()),
+        "fingerprint": _fingerprint(folder, [*train, *validation]),
         "train": [asdict(file) for file in train],
         "validation": [asdict(file) for file in validation],
     }
@@ -204,6 +224,7 @@ def open_corpus(folder: Path, verify: bool = True) -> Corpus:
     Raises:
         ShardError: there is no index, it cannot be read, or a file differs from it.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     path = folder / "index.json"
@@ -211,16 +232,28 @@ def open_corpus(folder: Path, verify: bool = True) -> Corpus:
         raise ShardError(f"{folder} holds no prepared tokens (no index.json): run `dept-ray prepare` on the job first")
     try:
         index = json.loads(path.read_text())
-        splits = {name: Shards(folder, [ShardFile(**f) for f in index[name]], index["dtype"]) for name in ("train", "validation")}
-        counts = load_file(folder / "counts.safetensors")
-        used = np.flatnonzero(counts["train"] + counts["validation"])
-        corpus = Corpus(
-            folder, splits["train"], splits["validation"], index["end_of_text"], counts["train"],
-            np.union1d(used, [index["end_of_text"]]).astype(np.int64), index["fingerprint"],
-        )  # fmt: skip
-    except (KeyError, TypeError, ValueError, OSError) as err:
-        raise ShardError(f"{path} cannot be read ({err}): delete the folder and run `dept-ray prepare` again") from None
+        if index["format"] != FORMAT:
+            raise ValueError(f"format {index['format']}, this version reads format {FORMAT}")
+        files = {split: [ShardFile(**file) for file in index[split]] for split in ("train", "validation")}
+        splits = {split: Shards(folder, files[split], index["dtype"]) for split in files}
+        end, fingerprint = int(index["end_of_text"]), str(index["fingerprint"])
+        path = folder / "counts.safetensors"
+        counts = load_file(path)
+        for split, shards in splits.items():
+            if counts[split].sum() != shards.tokens:
+                raise ValueError(f"it counts {counts[split].sum()} {split} tokens, the index {shards.tokens}")
+        used = np.union1d(np.flatnonzero(counts["train"] + counts["validation"]), [end]).astype(np.int64)
+        path = folder / "tokenizer.json"
+        if verify and _fingerprint(folder, [*files["train"], *files["validation"]]) != fingerprint:
+            raise ValueError("it is not the one that made these tokens")
+    except (KeyError, TypeError, ValueError, OSError, SafetensorError) as err:
+        raise ShardError(f"{path} cannot be read ({err}): {_REMEDY.format(folder)}") from None
+    corpus = Corpus(folder, splits["train"], splits["validation"], end, counts["train"], used, fingerprint)
     if verify:
         corpus.train.verify()
         corpus.validation.verify()
     return corpus
+
+
+def _fingerprint(folder: Path, files: list[ShardFile]) -> str:
+    return digest(*(file.checksum for file in files), (folder / "tokenizer.json").read_bytes())

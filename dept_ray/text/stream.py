@@ -20,7 +20,7 @@ Position = dict[str, int]
 Read = Callable[[str, np.ndarray], np.ndarray]
 """(source, (n,) block numbers) -> (n, context + 1) token ids."""
 WINDOW_BYTES = 64 << 20
-"""Read ahead at most this much at a time: a small round whole, a large one in pieces."""
+"""Read ahead at most this much at a time, at two bytes a token: a small round whole, a large one in pieces."""
 
 
 class Stream:
@@ -28,25 +28,29 @@ class Stream:
 
     def __init__(self, source: str, num_blocks: int, seed: int) -> None:
         if num_blocks < 1:
-            raise ShardError(f'source "{source}" has no whole block of the context: lower inner.context or give it more text')
+            raise ShardError(
+                f'source "{source}" has no whole block of the context: lower inner.context or give it more text'
+            )
         self.source, self.num_blocks, self.seed = source, num_blocks, seed
-        self._epoch, self._order = -1, np.empty(0, np.int64)
+        self._latest = (-1, np.empty(0, np.int64))
 
     def blocks(self, position: int, count: int) -> np.ndarray:
         """Block numbers at positions [position, position + count): (count,) int64, across epochs."""
-        pieces = []
+        pieces = [np.empty(0, np.int64)]
         while count > 0:
             epoch, start = divmod(position, self.num_blocks)
             piece = self._order_of(epoch)[start : start + count]
             pieces.append(piece)
             position, count = position + len(piece), count - len(piece)
-        return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+        return np.concatenate(pieces)
 
     def _order_of(self, epoch: int) -> np.ndarray:
-        if epoch != self._epoch:
-            self._order = generator(self.seed, "order", self.source, epoch).permutation(self.num_blocks)
-            self._epoch = epoch
-        return self._order
+        # One tuple, replaced whole: the background reader and the trainer may ask for two epochs at once.
+        latest, order = self._latest
+        if latest != epoch:
+            order = generator(self.seed, "order", self.source, epoch).permutation(self.num_blocks)
+            self._latest = (epoch, order)
+        return order
 
 
 class MixedStream:
@@ -58,15 +62,22 @@ class MixedStream:
         batch_size: B, rows per batch.
         context: T.
         seed: of the draws.
-        read: how blocks become tokens.
+        read: how blocks become tokens; called from two threads.
     """
 
-    def __init__(self, streams: Mapping[str, Stream], weights: Mapping[str, float], batch_size: int, context: int,
-                 seed: int, read: Read) -> None:  # fmt: skip
-        self.streams, self.batch_size, self.context, self.seed, self.read = dict(streams), batch_size, context, seed, read
-        self.names = list(streams)
+    def __init__(
+        self,
+        streams: Mapping[str, Stream],
+        weights: Mapping[str, float],
+        batch_size: int,
+        context: int,
+        seed: int,
+        read: Read,
+    ) -> None:
+        self.streams, self.names = dict(streams), list(streams)
+        self.batch_size, self.context, self.seed, self.read = batch_size, context, seed, read
         p = np.array([weights[name] for name in self.names], dtype=np.float64)
-        self._edges = np.cumsum(p / p.sum())
+        self._edges = np.cumsum(p / p.sum())[:-1]
         self._ahead: tuple[tuple[Position, int], Future[np.ndarray]] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
 
@@ -85,33 +96,36 @@ class MixedStream:
 
     def batches(self, position: Position, steps: int) -> Iterator[np.ndarray]:
         """`steps` batches from a position on: (B, T + 1) token ids each, as stored."""
-        for start, count in self._windows(steps):
-            window = self._take(self.advance(position, start), count)
-            if start + count < steps:  # read the next window while this one is trained
-                following = self.advance(position, start + count)
-                self.read_ahead(following, steps - start - count)
+        while steps > 0:
+            count = self._first_window(steps)
+            window = self._take(position, count)
+            position, steps = self.advance(position, count), steps - count
+            self.read_ahead(position, steps)  # the next window, while this one is trained
             yield from window.reshape(count, self.batch_size, -1)
 
     def read_ahead(self, position: Position, steps: int) -> None:
-        """Begin to read the first window of `batches(position, steps)` in the background."""
-        count = next(iter(self._windows(steps)), (0, 0))[1]
-        key = (position, count)
-        if count and (self._ahead is None or self._ahead[0] != key):
-            self._ahead = (key, self._thread.submit(self._window, position, count))
+        """Begin to read the first window of `batches(position, steps)` in the background; they raise what it raises."""
+        key = (dict(position), self._first_window(steps))
+        if steps <= 0 or (self._ahead is not None and self._ahead[0] == key):
+            return
+        if self._ahead is not None:
+            self._ahead[1].cancel()  # nobody will ask for it
+        self._ahead = (key, self._thread.submit(self._window, *key))
 
     def close(self) -> None:
-        """Stop reading ahead."""
+        """Stop reading ahead; the thread ends with the window that it is reading."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _windows(self, steps: int) -> Iterator[tuple[int, int]]:
-        per = max(1, WINDOW_BYTES // (self.batch_size * (self.context + 1) * 2))
-        for start in range(0, steps, per):
-            yield start, min(per, steps - start)
+    def _first_window(self, steps: int) -> int:
+        """How many of the next `steps` batches are read at once."""
+        return min(steps, max(1, WINDOW_BYTES // (self.batch_size * (self.context + 1) * 2)))
 
     def _take(self, position: Position, count: int) -> np.ndarray:
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == (position, count):
             return ahead[1].result()
+        if ahead is not None:
+            ahead[1].cancel()
         return self._window(position, count)
 
     def _window(self, position: Position, steps: int) -> np.ndarray:
@@ -131,6 +145,7 @@ class MixedStream:
         """Number of the source of each row of `steps` batches: (steps * B,)."""
         if len(self.names) == 1:
             return np.zeros(steps * self.batch_size, np.int64)
-        first = sum(position.values()) // self.batch_size
+        first, rest = divmod(sum(position.values()), self.batch_size)
+        assert rest == 0, "a position stands between two batches"
         u = [generator(self.seed, "mixture", first + i).random(self.batch_size) for i in range(steps)]
-        return np.searchsorted(self._edges[:-1], np.concatenate(u) if u else np.empty(0), side="right")
+        return np.searchsorted(self._edges, np.concatenate([np.empty(0), *u]), side="right")

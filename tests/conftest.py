@@ -1,0 +1,37 @@
+"""What many tests share: the tiny job's text, prepared once per session under each kind of vocabulary."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import ready_job, tiny_job
+
+from dept_ray.client import prepare
+from dept_ray.config import Job
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Threads that wait for each other on a shared machine make the smallest test take seconds."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny job's `text/`, and its `data/` under own tokenizers and under a global one."""
+    folder = tmp_path_factory.mktemp("tiny")
+    for method in ("spec-opt", "glob"):
+        prepare(tiny_job(folder, method), local=True)
+    return folder
+
+
+@pytest.fixture
+def tiny(prepared: Path, tmp_path: Path) -> Callable[..., Job]:
+    """`tiny(method, at="a", **overrides)`: a tiny job, ready to train, whose run has a folder of its own."""
+
+    def make(method: str = "spec-opt", at: str = "run", **overrides: Any) -> Job:
+        return ready_job(prepared, tmp_path / at, method, **overrides)
+
+    return make

@@ -1,0 +1,91 @@
+"""RayPool is LocalPool's twin: the same orders give the same bits, and what dies is made anew."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from dept_ray.config import METHOD_NAMES, Job
+from dept_ray.metrics import Log
+from dept_ray.rounds.control import Control
+from dept_ray.rounds.pool import LocalPool, SiloPool
+from dept_ray.rounds.state import RunState
+from dept_ray.rounds.store import RunStore
+from dept_ray.rounds.train import train
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_here")]
+Make = Callable[..., Job]
+
+
+def run(job: Job, pool: SiloPool, stop_after: int | None = None) -> tuple[RunState, list[dict[str, Any]]]:
+    """Train with a pool; its state and records."""
+    control, records = Control(), list[dict[str, Any]]()
+
+    def watch(record: dict[str, Any]) -> None:
+        if record["round"] == stop_after:
+            control.stop()
+
+    try:
+        return train(job, pool, RunStore(job), Log(records.append, watch), control), records
+    finally:
+        pool.close()
+
+
+def curve(records: list[dict[str, Any]]) -> list[Any]:
+    """What must not differ between two runs of one job."""
+    return [(r["event"], r["round"], r.get("loss"), r.get("scores"), r.get("sent_bytes")) for r in records]
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_stopped_and_resumed_on_ray_equals_uninterrupted_in_process_bit_for_bit(tiny: Make, method: str) -> None:
+    from dept_ray.on_ray.pool import RayPool
+
+    expected, expected_records = run(tiny(method, at="here"), LocalPool(tiny(method, at="here")))
+    job = tiny(method, at="there")
+    _, first = run(job, RayPool(job), stop_after=1)
+    state, second = run(job, RayPool(job))
+    assert [r["round"] for r in first] == [1]
+    assert curve(first + second) == curve(expected_records)
+    assert state.tensors.keys() == expected.tensors.keys()
+    for name, tensor in expected.tensors.items():
+        assert torch.equal(state.tensors[name], tensor), name
+    assert {n: (s.position, s.tokens) for n, s in state.silos.items()} == {
+        n: (s.position, s.tokens) for n, s in expected.silos.items()
+    }
+
+
+def test_a_silo_that_is_killed_is_left_out_once_and_made_anew(tiny: Make) -> None:
+    import ray
+
+    from dept_ray.on_ray.pool import RayPool
+
+    job = tiny("spec", inner={"local_steps": 400}, rounds={"total": 2, "quorum": 0.5})
+    pool = RayPool(job)
+
+    def kill_code_while_it_trains() -> None:
+        while pool.statuses()["code"].doing != "training":
+            time.sleep(0.05)
+        os.kill(ray.get(pool.actors["code"].pid.remote()), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_code_while_it_trains)
+    killer.start()
+    state, records = run(job, pool)
+    killer.join()
+    assert list(records[0]["refused"]) == ["code"]
+    assert "ActorDied" in records[0]["refused"]["code"]
+    assert set(records[1]["silos"]) == {"code", "latin", "numbers"}
+    assert [state.silos[n].rounds for n in ("code", "latin", "numbers")] == [1, 2, 2]
+
+
+def test_an_error_in_a_silo_comes_back_as_our_own(tiny: Make) -> None:
+    from dept_ray.errors import SiloError
+    from dept_ray.on_ray.pool import RayPool
+
+    job = tiny("spec", inner={"batch_size": 4096})
+    with pytest.raises(SiloError, match=r"fewer than one batch \(inner\.batch_size = 4096\)"):
+        run(job, RayPool(job))

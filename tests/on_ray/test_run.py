@@ -1,0 +1,187 @@
+"""The life of a run on a cluster: started, watched, stopped, killed, gone on with, left to the cluster."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from dept_ray.client import Run
+from dept_ray.config import Job
+from dept_ray.errors import ClusterError, RunError, SourceError, WrongRunError
+
+pytestmark = [pytest.mark.ray]
+Make = Callable[..., Job]
+QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115 - lives as long as the tests
+
+
+@pytest.fixture
+def started(ray_here: None) -> Iterator[Callable[..., Run]]:
+    """`Run.start`, with whatever it started ended afterwards."""
+    runs: list[Run] = []
+
+    def start(job: Job, **more: Any) -> Run:
+        runs.append(Run.start(job, **more))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.kill()
+
+
+def test_a_run_ends_with_scores_and_leaves_its_records(tiny: Make, started: Callable[..., Run]) -> None:
+    job = tiny("trim")
+    run = started(job)
+    records = run.follow(QUIET)
+    assert [r["event"] for r in records] == ["round"] * 3 + ["scores"]
+    assert run.status().phase == "finished"
+    again = Run.open(run.folder)
+    assert [r["round"] for r in again.history()] == [1, 2, 3, 3]
+    assert again.status().phase == "finished"
+    assert list((run.folder / "tensorboard").glob("events.*"))
+
+
+def test_a_stopped_run_goes_on_from_its_last_commit(tiny: Make, started: Callable[..., Run]) -> None:
+    job = tiny("spec", rounds={"total": 40})
+    run = started(job)
+    while run.status().round < 1:
+        time.sleep(0.02)
+    run.stop()
+    assert [r["event"] for r in run.follow(QUIET)][-1] == "round"
+    stopped = run.status()
+    assert stopped.phase == "stopped"
+    assert 1 <= stopped.round < 40
+    run.kill()
+    records = started(job).follow(QUIET)
+    assert [r["round"] for r in records if r["event"] == "round"] == list(range(1, 41))
+
+
+def test_a_run_in_progress_answers_and_is_not_started_twice(tiny: Make, started: Callable[..., Run]) -> None:
+    job = tiny("spec", at="twice", inner={"local_steps": 300}, rounds={"total": 50})
+    started(job)
+    seen = Run.attach(job_folder(job))
+    assert seen.status().rounds == 50
+    with pytest.raises(ClusterError, match="is in progress"):
+        Run.start(job)
+
+
+def test_a_killed_coordinator_comes_back_by_itself_and_loses_no_round(tiny: Make, started: Callable[..., Run]) -> None:
+    expected = [
+        r["loss"] for r in started(tiny("spec", at="whole", name="whole", rounds={"total": 6})).follow(QUIET)[:6]
+    ]
+    run = started(tiny("spec", at="broken", name="broken", rounds={"total": 6}))
+    while run.status().round < 2:
+        time.sleep(0.02)
+    os.kill(run.status().pid, signal.SIGKILL)
+    records = run.follow(QUIET)
+    assert [r["round"] for r in records if r["event"] == "round"] == [1, 2, 3, 4, 5, 6]
+    assert [r["loss"] for r in records if r["event"] == "round"] == expected
+
+
+def test_a_detached_run_ends_its_own_process_when_it_is_over(tiny: Make, ray_here: None) -> None:
+    from dept_ray.on_ray.launch import Coordinator
+
+    job = tiny("spec", name="detached")
+    run = Run.start(job, detach=True)
+    deadline = time.monotonic() + 60
+    while Run.open(run.folder).status().phase != "finished" and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert [r["event"] for r in run.history()] == ["round"] * 3 + ["scores"]
+    while Coordinator.find(job.name) is not None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert Coordinator.find(job.name) is None
+
+
+def test_a_run_that_fails_says_why(tiny: Make, started: Callable[..., Run]) -> None:
+    run = started(tiny("spec", name="too-big", inner={"batch_size": 4096}))
+    with pytest.raises(RunError, match="fewer than one batch"):
+        run.follow(QUIET)
+
+
+def test_what_is_wrong_is_said_before_anything_is_spent(tiny: Make, ray_here: None, tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match=r"asks for resources\.num_gpus = 2.*more than 0"):
+        Run.start(tiny("spec", name="gpus", resources={"num_gpus": 2}))
+    with pytest.raises(ClusterError, match=r"ask for 9 of resources\.num_cpus, but the cluster has 4"):
+        Run.start(tiny("spec", name="cpus", resources={"num_cpus": 3}))
+    job = tiny("spec", name="mine", at="mine")
+    Run.start(job).kill()
+    with pytest.raises(WrongRunError, match=r"inner\.lr: 0\.01 there, 0\.5 here"):
+        Run.start(tiny("spec", name="mine", at="mine", inner={"lr": 0.5}))
+    missing = [{"name": "a", "kind": "files", "paths": str(tmp_path / "none" / "*.txt")}]
+    with pytest.raises(SourceError, match=r"none/\*\.txt"):
+        Run.start(tiny("spec", name="missing", at="missing", sources=missing))
+
+
+def test_no_cluster_at_an_address_is_said_within_seconds(tiny: Make) -> None:
+    done = cli("train", job_file(tiny("spec", name="nowhere")), "--address", "127.0.0.1:1")
+    assert done.returncode == 1
+    assert "no Ray cluster answers at address '127.0.0.1:1'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_stops_after_the_commit_and_leaves_nothing_running(tiny: Make) -> None:
+    job = tiny("spec", name="interrupted", inner={"local_steps": 100}, rounds={"total": 500})
+    child = subprocess.Popen(
+        [sys.executable, "-m", "dept_ray", "train", job_file(job)],
+        stdout=subprocess.PIPE, text=True, start_new_session=True, env=CLEAN,
+    )  # fmt: skip
+    assert child.stdout is not None
+    for line in child.stdout:
+        if line.startswith("round    2"):
+            break
+    os.killpg(child.pid, signal.SIGINT)  # as a terminal does: to the command and to all that it started
+    rest = child.stdout.read()
+    assert child.wait() == 0
+    assert "stopping after this round is committed" in rest
+    assert "Traceback" not in rest
+    assert 2 <= Run.open(job_folder(job)).status().round < 500
+    time.sleep(1)
+    left = subprocess.run(["pgrep", "-s", str(child.pid)], capture_output=True, text=True).stdout.split()
+    assert not left
+
+
+CLEAN = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+
+
+def cli(*args: str) -> subprocess.CompletedProcess[str]:
+    """The command line, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "dept_ray", *args], capture_output=True, text=True, env=CLEAN, timeout=120
+    )
+
+
+def job_folder(job: Job) -> Path:
+    """The run folder of a job."""
+    return Path(job.folder) / "runs" / job.name
+
+
+def job_file(job: Job) -> str:
+    """The job as a TOML file."""
+    path = Path(job.folder) / f"{job.name}.toml"
+    lines, tables = [], []
+    for key, value in job.model_dump(mode="json", exclude_none=True).items():
+        if key == "sources":
+            tables += ["[[sources]]\n" + "".join(f"{k} = {toml(v)}\n" for k, v in s.items()) for s in value]
+        elif isinstance(value, dict):
+            tables.append(f"[{key}]\n" + "".join(f"{k} = {toml(v)}\n" for k, v in value.items()))
+        else:
+            lines.append(f"{key} = {toml(value)}\n")
+    path.write_text("".join(lines) + "\n".join(tables))
+    return str(path)
+
+
+def toml(value: Any) -> str:
+    """A TOML literal."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k} = {toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    return (
+        str(value).lower() if isinstance(value, bool) else repr(value) if not isinstance(value, str) else f'"{value}"'
+    )

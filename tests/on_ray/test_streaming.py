@@ -1,0 +1,55 @@
+"""Ray Data reads what the shards hold, in the order that was asked for, and runs the preparation that a process
+would."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import tiny_job
+
+from dept_ray.config import Job
+from dept_ray.errors import SourceError
+from dept_ray.text.prepare import corpus_folder, prepare
+from dept_ray.text.shards import open_corpus
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_here")]
+
+
+def test_ray_data_reads_the_same_bits_in_the_same_order(
+    tiny: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dept_ray.on_ray import streaming
+
+    job = tiny("spec-opt")
+    corpus = open_corpus(corpus_folder(job, "code", "own"))
+    monkeypatch.setattr(streaming, "_BLOCKS_PER_TASK", 50)  # several tasks, which may finish in any order
+    blocks = np.random.default_rng(0).permutation(int(corpus.train.starts(32)[-1]))
+    read = streaming.RayReader({"code": corpus}, 32)
+    assert len(blocks) > 300
+    np.testing.assert_array_equal(read("code", blocks), corpus.train.read(blocks, 32))
+
+
+@pytest.mark.parametrize("kind", ["own", "global"])
+def test_ray_data_prepares_the_same_corpus_as_one_process(tmp_path: Path, kind: str) -> None:
+    from dept_ray.on_ray.ingest import ray_data_runner
+
+    reports: list[tuple[str, int, int]] = []
+    here, there = tiny_job(tmp_path / "here"), tiny_job(tmp_path / "there")
+    prepare(here, kind)  # type: ignore[arg-type]
+    prepare(there, kind, ray_data_runner(there), lambda *report: reports.append(report))  # type: ignore[arg-type]
+    for source in here.sources:
+        a, b = (open_corpus(corpus_folder(job, source.name, kind)) for job in (here, there))  # type: ignore[arg-type]
+        assert a.fingerprint == b.fingerprint
+        np.testing.assert_array_equal(a.counts, b.counts)
+    assert ("pack", 6, 6) in reports
+    assert {stage for stage, _, _ in reports} == {"clean", "learn", "pack", "index"}
+
+
+def test_an_error_in_a_task_comes_back_as_our_own(tmp_path: Path) -> None:
+    from dept_ray.on_ray.ingest import ray_data_runner
+
+    job = tiny_job(tmp_path)
+    (tmp_path / "text" / "code" / "paths" / "all.jsonl").write_text('{"txet": "no such column"}\n')
+    with pytest.raises(SourceError, match="txet"):
+        prepare(job, "own", ray_data_runner(job))
