@@ -65,7 +65,7 @@ def _until_it_counts(
     assert verdict is not None
     reasons = "; ".join(f"{silo}: {reason}" for silo, reason in verdict.refused.items())
     raise QuorumLost(
-        f"round {state.round + 1} failed {job.rounds.attempts} times: {len(verdict.accepted)} of {len(chosen)} silos "
+        f"round {state.round + 1} failed {job.rounds.attempts} times, {len(verdict.accepted)} of {len(chosen)} silos "
         f"answered ({reasons}); round {state.round} stands: mend the cause and run the same command again"
     )
 
