@@ -77,10 +77,10 @@ class RayPool:
         resources = resources_of(self.job, name)
         env = {"TOKENIZERS_PARALLELISM": "false"} | ({} if resources.num_gpus else MALLOC_SETTINGS)
         options: dict[str, Any] = {"label_selector": resources.labels} if resources.labels else {}
-        remote: Any = ray.remote(SiloActor)
-        return remote.options(
+        as_actor: Any = ray.remote
+        return as_actor(concurrency_groups={"control": 2})(SiloActor).options(
             num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, max_restarts=0, max_task_retries=0,
-            concurrency_groups={"control": 2}, runtime_env={"env_vars": env}, **options,
+            runtime_env={"env_vars": env}, **options,
         ).remote(self.job.model_dump_json(), self.specs[name])  # fmt: skip
 
     def _cards(self, names: list[str]) -> dict[str, SiloCard]:
