@@ -1,5 +1,6 @@
 """`dept-ray`: the command line. Each command is a few lines over `client`; heavy imports wait until one is called."""
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +14,12 @@ from dept_ray.errors import DeptError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dept_ray.client import Report
+    from dept_ray.client import Report, Run
     from dept_ray.config import Job
 
 METHODS = ("glob", "trim", "spec", "spec-opt", "std", "act", "isolated")
 method_option = click.option("--method", type=click.Choice(METHODS), help="Instead of the job's own.")
+live_address = click.option("--address", help="The cluster that the run is on (default: the one its folder names).")
 address_option = click.option("--address", help="Ray cluster to join (default: RAY_ADDRESS, else a local Ray).")
 
 
@@ -88,8 +90,9 @@ def train(job_file: str, address: str | None, local: bool, detach: bool, method:
 
 @main.command()
 @click.argument("run")
-@click.option("--address", help="Ask the run on this cluster; without it, its folder is read.")
-def status(run: str, address: str | None) -> None:
+@live_address
+@click.option("--watch", is_flag=True, help="Go on showing it until it is over.")
+def status(run: str, address: str | None, watch: bool) -> None:
     """How RUN (a name under runs/, or a folder) is."""
     import time
 
@@ -97,7 +100,12 @@ def status(run: str, address: str | None) -> None:
     from dept_ray.console import live_table, round_line
 
     console = _console()
-    handle = Run.attach(run, address) if address else Run.open(run)
+    handle = Run.open(run)
+    if watch or address or handle.address is not None:
+        handle = Run.attach(run, address)
+    if watch:
+        handle.follow(console)
+        return
     now, records = handle.status(), handle.history()
     if now.silos:
         console.print(live_table(now, records, time.monotonic()))
@@ -107,6 +115,100 @@ def status(run: str, address: str | None) -> None:
         console.print(now.error, markup=False)
     for record in records[-5:]:
         console.print(round_line(record), highlight=False)
+
+
+# ------------------------------------------------------------------------------------------------ hands on a live run
+def _live(run: str, address: str | None) -> "Run":
+    from dept_ray.client import Run
+
+    return Run.attach(run, address)
+
+
+@main.command()
+@click.argument("run")
+@live_address
+def pause(run: str, address: str | None) -> None:
+    """Hold RUN after the round in progress."""
+    _live(run, address).pause()
+    click.echo("it holds after the round in progress: dept-ray resume, or dept-ray step")
+
+
+@main.command()
+@click.argument("run")
+@live_address
+def resume(run: str, address: str | None) -> None:
+    """Let RUN go on after a pause."""
+    _live(run, address).resume()
+    click.echo("it goes on")
+
+
+@main.command()
+@click.argument("run")
+@click.argument("rounds", type=click.IntRange(1), default=1)
+@live_address
+def step(run: str, rounds: int, address: str | None) -> None:
+    """Let ROUNDS more rounds of RUN through, then hold."""
+    _live(run, address).step(rounds)
+    click.echo(f"it trains {rounds} more, then holds")
+
+
+@main.command()
+@click.argument("run")
+@live_address
+def stop(run: str, address: str | None) -> None:
+    """End RUN after the round in progress is committed; `dept-ray train` goes on with it."""
+    _live(run, address).stop()
+    click.echo("it ends after the round in progress is committed")
+
+
+@main.command()
+@click.argument("run")
+@click.argument("source_file")
+@live_address
+def add(run: str, source_file: str, address: str | None) -> None:
+    """Let the source that SOURCE_FILE describes (one [[sources]] table) join RUN between two rounds."""
+    from dept_ray.config import load_source
+
+    change = load_source(source_file)
+    _live(run, address).add(change)
+    click.echo(f"{change['add']['name']} is being prepared, and joins between two rounds")
+
+
+@main.command()
+@click.argument("run")
+@click.argument("silo")
+@live_address
+def drop(run: str, silo: str, address: str | None) -> None:
+    """Let SILO leave RUN after the round in progress; its snapshot stays."""
+    _live(run, address).drop(silo)
+    click.echo(f"{silo} leaves after the round in progress; dept-ray return {run} {silo} brings it back")
+
+
+@main.command("return")
+@click.argument("run")
+@click.argument("silo")
+@live_address
+def bring_back(run: str, silo: str, address: str | None) -> None:
+    """Let SILO, which was dropped or set aside, take part in RUN again."""
+    _live(run, address).bring_back(silo)
+    click.echo(f"{silo} takes part again from the next round on")
+
+
+@main.command("set")
+@click.argument("run")
+@click.argument("key")
+@click.argument("value")
+@live_address
+def set_key(run: str, key: str, value: str, address: str | None) -> None:
+    """Change a setting of RUN from the next round on, such as: set RUN outer.lr 0.7."""
+    import json
+
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        parsed = value
+    _live(run, address).set(key, parsed)
+    click.echo(f"{key} is {value} from the next round on")
 
 
 @main.command()
@@ -175,10 +277,23 @@ def _train_here(job: "Job", console: "Console") -> list[dict[str, Any]]:
     from dept_ray.client import train_here
     from dept_ray.console import round_line
     from dept_ray.metrics import read_records
+    from dept_ray.rounds.control import Control
     from dept_ray.rounds.store import run_folder
 
+    control = Control()
+
+    def stop(*signal_and_frame: Any) -> None:
+        if control.stopping:
+            raise KeyboardInterrupt
+        console.print("stopping after this round is committed; Ctrl-C again stops at once")
+        control.stop()
+
     with _preparing(console) as report:
-        train_here(job, lambda record: console.print(round_line(record), highlight=False), report)
+        before = signal.signal(signal.SIGINT, stop)
+        try:
+            train_here(job, lambda record: console.print(round_line(record), highlight=False), report, control)
+        finally:
+            signal.signal(signal.SIGINT, before)
     return read_records(run_folder(job) / "metrics.jsonl")
 
 
@@ -192,7 +307,7 @@ def _train(job: "Job", address: str | None, console: "Console", detach: bool = F
         return run.follow(console)
     except KeyboardInterrupt:
         if detach:
-            console.print(f"\nno longer watching; the run goes on: dept-ray status {job.name} --address auto")
+            console.print(f"\nno longer watching; the run goes on: dept-ray status {job.name} --watch")
             return []
         console.print("\nstopping after this round is committed; Ctrl-C again stops at once")
         run.stop()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dept_ray.config import Job
+from dept_ray.config import Change, Job
 from dept_ray.errors import ConfigError, RunError, StoreError
 from dept_ray.messages import RunStatus
 from dept_ray.metrics import JsonLines, Log, Record, TensorBoard, read_records
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dept_ray.on_ray.launch import Coordinator
+    from dept_ray.rounds.control import Control
 
 Report = Callable[[str, int, int], None]
 
@@ -57,10 +58,15 @@ class Run:
         from dept_ray.on_ray.cluster import check_room, connect
         from dept_ray.on_ray.launch import Coordinator
         from dept_ray.rounds.methods import silos_of
-        from dept_ray.rounds.store import RunStore
+        from dept_ray.rounds.store import RunStore, in_progress
 
         store = RunStore(job)  # refuses another job's folder before anything is spent
-        connect(address, silos=len(silos_of(job)))
+        if (where := in_progress(store.folder)) is not None:
+            raise RunError(
+                f"run {job.name} is in progress ({where}): follow it with `dept-ray status {job.name} --watch`, "
+                "or give this job another `name`"
+            )
+        connect(address, silos=len(silos_of(job)), outlive=detach)
         check_room(job)
         prepare(job, address, report)
         return cls(job, store.folder, Coordinator.start(job, detach))
@@ -90,13 +96,20 @@ class Run:
     def attach(cls, run: str | Path, address: str | None = None) -> "Run":
         """A run in progress on a cluster.
 
+        Args:
+            run: name under ./runs, or folder.
+            address: of the cluster; None: the one that the run's folder names.
+
         Raises:
             RunError: it is not in progress there.
         """
-        from dept_ray.on_ray.cluster import connect
+        from dept_ray.on_ray.cluster import connect, connected
         from dept_ray.on_ray.launch import Coordinator
 
         opened = cls.open(run)
+        address = address or opened.address
+        if address is None and not connected():
+            raise RunError(f"run {opened.job.name} is not in progress; `dept-ray train` goes on with it")
         connect(address)
         coordinator = Coordinator.find(opened.job.name)
         if coordinator is None:
@@ -110,13 +123,23 @@ class Run:
         """How it is; from its folder where it is not in progress."""
         if self._coordinator is not None:
             return self._coordinator.status()
+        from dept_ray.rounds.store import in_progress
+
         records = self.history()
         rounds = max((r["round"] for r in records), default=0)
         phase = "finished" if any(r["event"] == "scores" for r in records) else "not in progress"
+        phase = "training" if in_progress(self.folder) is not None else phase
         file = self.folder / "error.txt"
         error = file.read_text() if file.exists() else ""
         return RunStatus(self.job.name, phase, rounds, self.job.rounds.total, error,
                          num_records=len(records))  # fmt: skip
+
+    @property
+    def address(self) -> str | None:
+        """Of the Ray cluster that it is in progress on; None where it is not, or in a process without Ray."""
+        from dept_ray.rounds.store import in_progress
+
+        return (in_progress(self.folder) or {}).get("address")
 
     def new_records(self, since: int) -> list[Record]:
         """Records from number `since` on."""
@@ -130,6 +153,43 @@ class Run:
         """End after the round in progress is committed."""
         if self._coordinator is not None:
             self._coordinator.stop()
+
+    def pause(self) -> None:
+        """Hold after the round in progress."""
+        self._live().pause()
+
+    def resume(self) -> None:
+        """Go on after a pause."""
+        self._live().resume()
+
+    def step(self, rounds: int = 1) -> None:
+        """Let so many rounds through, then hold."""
+        self._live().step(rounds)
+
+    def set(self, key: str, value: Any) -> None:
+        """Change a setting from the next round on, such as `set("outer.lr", 0.7)`.
+
+        Raises:
+            ConfigError: the key cannot be changed in a run, or the value is wrong.
+        """
+        self._live().change({"set": key, "to": value})
+
+    def add(self, source: Change) -> None:
+        """Let a source join (see `config.load_source`): prepared in the background, it enters between two rounds."""
+        self._live().change(source)
+
+    def drop(self, silo: str) -> None:
+        """Let a silo leave after the round in progress; its snapshot stays, so that it may return."""
+        self._live().change({"drop": silo})
+
+    def bring_back(self, silo: str) -> None:
+        """Let a silo that was dropped, or set aside, take part again."""
+        self._live().change({"return": silo})
+
+    def _live(self) -> "Coordinator":
+        if self._coordinator is None:
+            raise RunError(f"run {self.job.name} is not in progress; `dept-ray train` goes on with it")
+        return self._coordinator
 
     def kill(self) -> None:
         """End now; the last committed round stands."""
@@ -163,18 +223,29 @@ def prepare(job: Job, address: str | None = None, report: Report = silent, local
     from dept_ray.text.prepare import run_here
 
     kind = "own" if method_of(job).vocabulary == "own" else "global"
-    if local:
-        prepare_text(job, kind, run_here, report)
-        return
-    from dept_ray.on_ray.cluster import connect
-    from dept_ray.on_ray.ingest import ray_data_runner
+    run_all = run_here
+    if not local:
+        from dept_ray.on_ray.cluster import connect
+        from dept_ray.on_ray.ingest import ray_data_runner
 
-    connect(address, silos=len(job.sources))
-    prepare_text(job, kind, ray_data_runner(job), report)
+        connect(address, silos=len(job.sources))
+        run_all = ray_data_runner(job)
+    try:
+        prepare_text(job, kind, run_all, report)
+    except OSError as err:
+        raise StoreError(f"prepared text cannot be written under {job.folder} or a source's storage ({err})") from err
 
 
-def train_here(job: Job, log: Callable[[Record], None], report: Report = silent) -> Any:
+def train_here(
+    job: Job, log: Callable[[Record], None], report: Report = silent, control: "Control | None" = None
+) -> Any:
     """The identical loop in this process, without Ray: for a debugger.
+
+    Args:
+        job: what to run.
+        log: called with each record.
+        report: called with (stage, done, of) while text is prepared.
+        control: to stop or change the run from another thread or a signal.
 
     Returns:
         The run's last state.
@@ -185,10 +256,12 @@ def train_here(job: Job, log: Callable[[Record], None], report: Report = silent)
     from dept_ray.rounds.train import train
 
     store = RunStore(job)
+    store.hold()
     prepare(job, report=report, local=True)
-    board, pool = TensorBoard(store.folder / "tensorboard"), LocalPool(job)
+    board, pool = TensorBoard(store.folder / "tensorboard"), LocalPool()
     try:
-        return train(job, pool, store, Log(JsonLines(store.metrics), board, log), Control())
+        return train(job, pool, store, Log(JsonLines(store.metrics), board, log), control or Control())
     finally:
         board.close()
         pool.close()
+        store.let_go()

@@ -10,6 +10,7 @@ import hashlib
 import json
 import tomllib
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -93,6 +94,12 @@ class Resources(Section):
     labels: dict[str, str] = {}
     """Node labels that place the silo, such as region = "eu"."""
 
+    @model_validator(mode="after")
+    def _whole_gpus(self) -> "Resources":
+        if self.num_gpus > 1 and self.num_gpus % 1:
+            raise ValueError(f"resources.num_gpus = {self.num_gpus:g}: above 1 only whole GPUs can be held")
+        return self
+
 
 class SourceFields(Section):
     """What all kinds of source have in common."""
@@ -115,6 +122,8 @@ class SourceFields(Section):
     """|V_k| for `dept-ray plan` without data; prepared data always gives the true one."""
     tokens: Positive | None = None
     """Training tokens for `dept-ray plan` without data."""
+    joined: bool = False
+    """Joined a run in progress (`dept-ray add` sets it): a global tokenizer was made without its text."""
 
 
 class HubSource(SourceFields):
@@ -133,7 +142,7 @@ class FilesSource(SourceFields):
     """Globs of parquet, jsonl or txt, each also .gz or .zst; local, s3:// or gs://. One txt file is one document."""
 
     kind: Literal["files"]
-    paths: tuple[str, ...]
+    paths: Annotated[tuple[str, ...], Field(min_length=1)]
     validation_paths: tuple[str, ...] = ()
     """Files to validate on; empty: hold out `validation_share`."""
     column: str = "text"
@@ -142,7 +151,7 @@ class FilesSource(SourceFields):
     @field_validator("paths", "validation_paths", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
+        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
 class InstalledSource(SourceFields):
@@ -216,22 +225,54 @@ class OuterSection(Section):
 
 
 class RoundsSection(Section):
-    """`[rounds]`: how many, of whom, and what becomes of a round that not all answer."""
+    """`[rounds]`: how many, of whom, and how often to look."""
 
     total: Positive = 10
     """T."""
     choose: Positive | None = None
     """|S_t|: silos drawn per round; None: all."""
-    quorum: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Share of the chosen silos that must answer, or the round is tried again."""
-    attempts: Positive = 3
-    """Tries of a round before the run ends with QuorumLost."""
     score_every: Annotated[int, Field(ge=0)] = 1
     """Rounds between validations; 0: only at the end."""
     keep: Positive = 2
     """Committed rounds kept on disk."""
+
+
+class FaultsSection(Section):
+    """`[faults]`: what becomes of silos that are lost, late or lie, and of a round that not all answer."""
+
+    quorum: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of the chosen silos that must answer, or the round is tried again."""
+    attempts: Positive = 3
+    """Tries of a round before the run ends with QuorumLost."""
+    failures: Positive = 3
+    """Failures in a row after which a silo is set aside, until someone adds it again."""
     start_timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds a silo may take to be placed and opened before the run starts without it."""
+    """Seconds the silos may take to be placed and opened; the run starts with those that are."""
+    patience_s: Annotated[float, Field(ge=0)] = 20.0
+    """Seconds a round waits, once, for a silo that is being made anew; then it starts without the silo."""
+    deadline_mads: Annotated[float, Field(ge=0)] = 6.0
+    """k: a round's deadline is median + k * MAD of the silos' past seconds, between floor and cap."""
+    deadline_floor_s: Annotated[float, Field(gt=0)] = 120.0
+    """No deadline is shorter."""
+    deadline_cap_s: Annotated[float, Field(gt=0)] = 86_400.0
+    """No deadline is longer; the first round has this one."""
+    grace_s: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds a late silo has to hand in what it trained; after that it is given up and made anew."""
+    norm_limit: Annotated[float, Field(gt=1)] = 10.0
+    """A body delta larger than this many times the round's median norm does not count as it is."""
+    norm_policy: Literal["refuse", "clip"] = "refuse"
+    """What becomes of it: left out, or scaled down to the median. A liar who is scaled still does harm."""
+    newcomer_steps: Annotated[int, Field(ge=0)] = 0
+    """First steps of a silo that joined a run in which it trains its embedding alone, with the body frozen."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "FaultsSection":
+        if self.deadline_floor_s > self.deadline_cap_s:
+            raise ValueError(
+                f"faults.deadline_floor_s = {self.deadline_floor_s:g} is above faults.deadline_cap_s = "
+                f"{self.deadline_cap_s:g}: lower the floor or raise the cap"
+            )
+        return self
 
 
 class MixtureSection(Section):
@@ -258,6 +299,7 @@ class Job(Section):
     inner: InnerSection = InnerSection()
     outer: OuterSection = OuterSection()
     rounds: RoundsSection = RoundsSection()
+    faults: FaultsSection = FaultsSection()
     mixture: MixtureSection = MixtureSection()
     resources: Resources = Resources()
 
@@ -287,6 +329,17 @@ class Job(Section):
                 f"inner.batch_size = {self.inner.batch_size} is not a multiple of inner.micro_batch = {micro}"
             )
         return self
+
+    def changed(self, changes: Sequence["Change"]) -> "Job":
+        """This job after changes that people made while it ran, in their order.
+
+        Raises:
+            ConfigError: a key cannot be changed in a run, or its value is wrong.
+        """
+        job = self
+        for change in changes:
+            job = _changed(job, change)
+        return job
 
     @property
     def positions(self) -> int:
@@ -329,10 +382,56 @@ _HOUSEKEEPING: Any = {
     "folder": True,
     "resources": True,
     "tokenizer": {"global_vocab_size"},
-    "rounds": {"keep", "start_timeout_s", "attempts", "score_every"},
-    "sources": {"__all__": {"storage", "resources", "vocab_size", "tokens"}},
+    "rounds": {"keep", "score_every"},
+    "faults": True,
+    # Where files lie may change; what is in them may not: the fingerprint of the tokens is checked on its own.
+    "sources": {"__all__": {"storage", "resources", "vocab_size", "tokens", "paths", "validation_paths"}},
 }
 """What may differ between two starts of one run."""
+
+
+LIVE_KEYS = frozenset(
+    {
+        "inner.local_steps", "inner.lr", "outer.lr", "outer.momentum", "outer.rows_lr", "outer.rows_momentum",
+        "rounds.total", "rounds.choose", "rounds.score_every",
+        *(f"faults.{key}" for key in FaultsSection.model_fields),
+    }
+)  # fmt: skip
+"""What `dept-ray set` may change in a run; all else decides what the run *is*."""
+
+Change = dict[str, Any]
+"""One of {"set": key, "to": value}, {"add": source as plain values}, {"drop": name}, {"return": name}."""
+
+
+def _changed(job: Job, change: Change) -> Job:
+    """The job after one change. Dropping and returning change who is there, not the job."""
+    values = job.model_dump(mode="json")
+    if "set" in change:
+        key, value = change["set"], change["to"]
+        if key not in LIVE_KEYS:
+            raise ConfigError(f"{key} cannot be changed in a run{_nearest(key, sorted(LIVE_KEYS))}")
+        section, name = key.split(".")
+        values[section][name] = value
+    elif "add" in change:
+        values["sources"].append({**change["add"], "joined": True})
+    return parse_job(values, where=f"run {job.name}")
+
+
+def load_source(path: str | Path) -> Change:
+    """The change that adds the source which a TOML file describes (the keys of one [[sources]] table).
+
+    Raises:
+        ConfigError: the file is missing or is not TOML; whether it describes a source is checked against the run.
+    """
+    path = Path(path)
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as err:
+        raise ConfigError(f"source file {path} is not readable TOML: {err}") from None
+    tables = values.get("sources", [values])
+    if len(tables) != 1:
+        raise ConfigError(f"source file {path} has {len(tables)} [[sources]] tables: one at a time")
+    return {"add": {"name": path.stem, **tables[0]}}
 
 
 def load_job(path: str | Path, **overrides: Any) -> Job:
@@ -359,7 +458,8 @@ def parse_job(values: dict[str, Any], where: str = "job") -> Job:
         ConfigError: one line per mistake, each with key, value and remedy.
     """
     try:
-        job = Job.model_validate(values)
+        # As JSON, because only there does strictness let a list be a tuple: 8 is no "8", and 8.0 no 8.
+        job = Job.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as err:
         lines = [_explain(error, values) for error in err.errors()]
         count = f"{len(lines)} mistake{'s' * (len(lines) > 1)}"

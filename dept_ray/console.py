@@ -72,6 +72,10 @@ def round_line(record: Record) -> Text:
 
     A round's scores were measured before its training, so they stand before it, in lines of their own.
     """
+    if record["event"] == "change":
+        what = ", ".join(f"{key} {value}" for key, value in record["change"].items() if not isinstance(value, dict))
+        what = what or f"add {record['change']['add']['name']}"
+        return Text(f"change       {what}" + (f": refused, {record['refused']}" if record.get("refused") else ""))
     if record["event"] == "scores":
         return Text(_bits("final", record))
     sent = record["sent_bytes"]

@@ -67,6 +67,12 @@ class RoundOrder:
     """Inner steps to train; 0 only scores."""
     score: bool
     """Whether to score validation before training."""
+    lr: float = 0.0
+    """Peak of the cosine."""
+    total_steps: int = 1
+    """Length of the cosine, in global inner steps."""
+    frozen_steps: int = 0
+    """First steps of this round in which the body stands still (a newcomer trains its embedding alone)."""
     fingerprint: str = ""
     """Digest of `body`; the silo checks what arrived against it."""
     body: np.ndarray | None = None
@@ -152,7 +158,7 @@ class RunStatus:
 
     run: str
     phase: str = "starting"
-    """starting, training, finished, stopped or failed; `not in progress` where only its folder is known."""
+    """starting, training, paused, finished, stopped or failed; `not in progress` where only its folder is known."""
     round: int = 0
     """Rounds committed."""
     rounds: int = 0
@@ -169,4 +175,4 @@ class RunStatus:
     @property
     def over(self) -> bool:
         """Whether nothing more will happen."""
-        return self.phase not in ("starting", "training")
+        return self.phase not in ("starting", "training", "paused")

@@ -33,7 +33,20 @@ class JsonLines:
 
     def __call__(self, record: Record) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(finite(record), allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """A record without what JSON cannot say: nan and infinities become None.
+
+    >>> finite({"loss": float("nan"), "steps": [1, 2.5]})
+    {'loss': None, 'steps': [1, 2.5]}
+    """
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class TensorBoard:
@@ -44,6 +57,8 @@ class TensorBoard:
         self._writer: Any = None
 
     def __call__(self, record: Record) -> None:
+        if record["event"] == "change":
+            return
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 

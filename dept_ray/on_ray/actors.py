@@ -9,41 +9,58 @@ import os
 import threading
 import traceback
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import ray
 
-from dept_ray.config import Job
-from dept_ray.errors import DeptError
+from dept_ray.config import Change, Job
+from dept_ray.errors import DeptError, ShardError, SiloError, StoreError
 from dept_ray.messages import RoundOrder, RunStatus, SiloCard, SiloSpec, SiloStatus, SiloUpdate
 from dept_ray.metrics import JsonLines, Log, Record, TensorBoard
+from dept_ray.rounds.changes import check_change
 from dept_ray.rounds.control import Control
 from dept_ray.rounds.store import RunStore, run_folder
 
+if TYPE_CHECKING:
+    from dept_ray.silo.silo import Silo
+
 
 class SiloActor:
-    """One silo in a process of its own."""
+    """One silo in a process of its own. It opens when asked for its card, so that what is wrong comes back whole."""
 
     def __init__(self, job: str, spec: SiloSpec) -> None:
+        self.job, self.spec = Job.model_validate_json(job), spec
+        self.silo: Silo | None = None
+
+    def card(self) -> SiloCard:
         from dept_ray.on_ray.streaming import RayReader
         from dept_ray.silo.silo import Silo, open_corpora
 
-        config = Job.model_validate_json(job)
-        self.silo = Silo(config, spec, read=RayReader(open_corpora(config, spec), config.inner.context))
-
-    def card(self) -> SiloCard:
+        reader = RayReader(open_corpora(self.job, self.spec), self.job.inner.context)
+        self.silo = Silo(self.job, self.spec, read=reader)
         return self.silo.card()
 
     @ray.method(num_returns=3)
     def obey(
         self, order: RoundOrder, body: np.ndarray | None, rows: np.ndarray | None
     ) -> tuple[SiloUpdate, np.ndarray | None, np.ndarray | None]:
-        update = self.silo.obey(replace(order, body=body, rows=rows))
+        assert self.silo is not None, "ordered before it was asked for its card"
+        try:
+            update = self.silo.obey(replace(order, body=body, rows=rows))
+        except (SiloError, StoreError, ShardError):
+            raise
+        except Exception as err:
+            if self.spec.share_rows:
+                raise
+            # What an exception says may hold an id, a shape or a piece of text, and under SPEC none of them leaves.
+            traceback.print_exc()
+            raise SiloError(f"{type(err).__name__}; its own log says more") from None
         return update.without_arrays(), update.body, update.rows
 
     @ray.method(concurrency_group="control")
     def status(self) -> SiloStatus:
-        return self.silo.status
+        return self.silo.status if self.silo is not None else SiloStatus(self.spec.silo, "opening")
 
     @ray.method(concurrency_group="control")
     def pid(self) -> int:
@@ -52,7 +69,8 @@ class SiloActor:
 
     @ray.method(concurrency_group="control")
     def stop(self, round: int, attempt: int) -> None:
-        self.silo.stop(round, attempt)
+        if self.silo is not None:
+            self.silo.stop(round, attempt)
 
 
 class CoordinatorActor:
@@ -68,16 +86,20 @@ class CoordinatorActor:
         from dept_ray.on_ray.pool import RayPool
 
         self.job, self.leave = Job.model_validate_json(job), leave
-        self.control, self.pool = Control(), RayPool(self.job, cores)
+        self.control, self.pool = Control(), RayPool(cores)
         self.phase, self.error = "starting", ""
         self.records: list[Record] = []
+        self.asked = self.job
+        """The job with all changes that were asked for so far."""
         threading.Thread(target=self._run, name="rounds", daemon=True).start()
 
     async def status(self) -> RunStatus:
         rounds = [record["round"] for record in self.records]
+        phase = "paused" if self.phase == "training" and self.control.paused else self.phase
+        hardware = {name: card.hardware for name, card in self.pool.cards.items()}
         return RunStatus(
-            run=self.job.name, phase=self.phase, round=max(rounds, default=0), rounds=self.job.rounds.total,
-            error=self.error, silos=self.pool.statuses(), hardware=self.pool.hardware, num_records=len(self.records),
+            run=self.job.name, phase=phase, round=max(rounds, default=0), rounds=self.job.rounds.total,
+            error=self.error, silos=self.pool.statuses(), hardware=hardware, num_records=len(self.records),
             pid=os.getpid(),
         )  # fmt: skip
 
@@ -89,13 +111,36 @@ class CoordinatorActor:
         """End after the round in progress is committed."""
         self.control.stop()
 
+    async def pause(self) -> None:
+        """Hold after the round in progress."""
+        self.control.pause()
+
+    async def resume(self) -> None:
+        """Go on."""
+        self.control.resume()
+
+    async def step(self, rounds: int) -> None:
+        """Let so many rounds through, then hold."""
+        self.control.step(rounds)
+
+    async def change(self, change: Change) -> None:
+        """Ask for a change, which is made between two rounds.
+
+        Raises:
+            ConfigError: it cannot be made; nothing was asked for.
+        """
+        self.asked = check_change(self.asked, change)
+        self.control.change(change)
+
     def _run(self) -> None:
         from dept_ray.rounds.train import train
 
-        board = None
+        board = store = None
         try:
             store = RunStore(self.job)
+            store.hold(address=ray.get_runtime_context().gcs_address)
             self.records = store.history()
+            self.asked = self.job.changed(store.changes())
             board = TensorBoard(store.folder / "tensorboard")
             log = Log(JsonLines(store.metrics), board, self.records.append)
             self.phase = "training"
@@ -108,6 +153,8 @@ class CoordinatorActor:
         if board is not None:
             board.close()
         self.pool.close()
+        if store is not None:
+            store.let_go()
         self.phase, self.error = phase, error
         if self.leave:
             if error:

@@ -16,12 +16,13 @@ NAMESPACE = "dept_ray"
 _REACH_TIMEOUT_S = 5.0
 
 
-def connect(address: str | None = None, silos: int = 0) -> None:
+def connect(address: str | None = None, silos: int = 0, outlive: bool = False) -> None:
     """Join the cluster at `address` (or RAY_ADDRESS), else start a Ray of this process alone.
 
     Args:
         address: HOST:PORT, ray://HOST:PORT, auto, or local.
         silos: how many processes there will be, besides Ray Data's tasks.
+        outlive: whether the cluster must outlive this process.
 
     Raises:
         ClusterError: nothing answers there.
@@ -33,6 +34,11 @@ def connect(address: str | None = None, silos: int = 0) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if address and address != "local":
         _check_reachable(address)
+    elif outlive:
+        raise ClusterError(
+            "--detach leaves the run to a cluster, and a Ray of this command's own ends with it: "
+            "start one with `ray start --head` and name it with --address (or RAY_ADDRESS)"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -46,6 +52,11 @@ def connect(address: str | None = None, silos: int = 0) -> None:
                 )  # fmt: skip
     except (ConnectionError, RuntimeError, ValueError) as err:
         raise ClusterError(f"no Ray cluster at address {address!r}: {err}") from None
+
+
+def connected() -> bool:
+    """Whether this process is on a cluster already."""
+    return ray.is_initialized()
 
 
 def _check_reachable(address: str) -> None:

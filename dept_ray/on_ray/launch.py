@@ -7,7 +7,7 @@ import ray
 from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from dept_ray.config import Job
+from dept_ray.config import Change, Job
 from dept_ray.errors import ClusterError
 from dept_ray.messages import RunStatus
 from dept_ray.metrics import Record
@@ -71,6 +71,26 @@ class Coordinator:
     def stop(self) -> None:
         """End after the round in progress is committed."""
         self._ask("stop")
+
+    def pause(self) -> None:
+        """Hold after the round in progress."""
+        self._ask("pause")
+
+    def resume(self) -> None:
+        """Go on."""
+        self._ask("resume")
+
+    def step(self, rounds: int) -> None:
+        """Let so many rounds through, then hold."""
+        self._ask("step", rounds)
+
+    def change(self, change: Change) -> None:
+        """Ask for a change.
+
+        Raises:
+            ConfigError: it cannot be made in a run.
+        """
+        self._ask("change", change)
 
     def kill(self) -> None:
         """End now; the last committed round stands."""

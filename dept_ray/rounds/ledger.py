@@ -9,18 +9,21 @@ A record of event "round" has
     silos       by silo: tokens, steps, loss, epochs by source, norm and cosine (to the mean) of the body's delta,
                 down_bytes, up_bytes, seconds {load, score, train, save}
     refused     by silo: why its answer did not count
+    away        by silo: why it takes no part (dropped, set aside, or it could not be made)
     scores      by source, measured *before* this round's training: of the state after `round` - 1; absent if not due:
                 loss, perplexity, bits_per_byte, unigram_bits_per_byte, normalised, tokens, text_bytes
     mean        of scores: bits_per_byte and perplexity (means over sources), pooled_bits_per_byte and pooled_loss
                 (all sources as one text)
 
-and the last line of a finished run, of event "scores", has run, round, time, scores, mean and refused of the final
-state. A source without validation text has no scores; where there are none at all, `mean` holds nan.
+A record of event "change" has run, round (the last one committed), time, `change` (what people asked for: see
+`config.Change`), and `refused` where another change made it impossible. The last line of a finished run, of event
+"scores", has run, round, time, scores, mean and refused of the final state. A source without validation text has no
+scores; where there are none at all, `mean` holds nan.
 """
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,7 +52,7 @@ def round_record(
         "attempt": next(iter(orders.values())).attempt,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "seconds": round(seconds, 3),
-        "step": after.round * job.inner.local_steps,
+        "step": after.step,
         "tokens": sum(silo.tokens for silo in after.silos.values()),
         "loss": sum(u.loss * u.tokens for u in updates.values()) / tokens,
         "sent_bytes": {
@@ -58,9 +61,16 @@ def round_record(
         },
         "silos": silos,
         "refused": verdict.refused,
+        "away": {name: silo.away for name, silo in after.silos.items() if silo.away},
     }
     scores = {source: score for update in updates.values() for source, score in update.scores.items()}
     return {**record, **scores_record(scores)} if scores else record
+
+
+def past_seconds(history: Sequence[Mapping[str, Any]], rounds: int = 20) -> list[float]:
+    """Seconds that silos took for whole rounds, over the last rounds: what a deadline is drawn from."""
+    last = [record for record in history if record["event"] == "round"][-rounds:]
+    return [sum(silo["seconds"].values()) for record in last for silo in record["silos"].values()]
 
 
 def final_record(

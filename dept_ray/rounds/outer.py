@@ -50,7 +50,7 @@ def outer_step(job: Job, state: RunState, updates: Mapping[str, SiloUpdate], car
             state.rows, -mean, reported, state.rows_momentum, outer.rows_lr, outer.rows_momentum
         )
     silos = {k: record.after(updates[k]) if k in updates else record for k, record in state.silos.items()}
-    return replace(state, round=state.round + 1, silos=silos, **changed)
+    return replace(state, round=state.round + 1, step=state.step + job.inner.local_steps, silos=silos, **changed)
 
 
 def weights_of(job: Job, updates: Mapping[str, SiloUpdate]) -> dict[str, float]:

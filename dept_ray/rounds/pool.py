@@ -14,21 +14,50 @@ from dept_ray.messages import RoundOrder, SiloCard, SiloSpec, SiloStatus, SiloUp
 from dept_ray.rounds.methods import method_of, silos_of, silos_per_round
 from dept_ray.silo.hardware import threads_for
 from dept_ray.silo.silo import Silo
+from dept_ray.text.prepare import prepare
 
 
 class SiloPool(Protocol):
     """Where silos live."""
 
-    def open(self) -> dict[str, SiloCard]:
-        """Make every silo and get its card, by name."""
+    @property
+    def cards(self) -> dict[str, SiloCard]:
+        """Of every silo that has been made so far."""
         ...
 
-    def run_round(self, orders: Mapping[str, RoundOrder]) -> dict[str, SiloUpdate | Exception]:
-        """Give each silo its order; return every answer, or the exception in its place."""
+    def open(self, job: Job) -> None:
+        """Make every silo of a job; those that cannot be placed yet may come later.
+
+        Raises:
+            DeptError: one cannot open its data; none could be placed.
+        """
+        ...
+
+    def add(self, job: Job, silo: str) -> None:
+        """Prepare and make one more silo, which is ready some time later; `job` already names its source.
+
+        Raises:
+            DeptError: it is known at once that this cannot be done.
+        """
+        ...
+
+    def ready(self) -> set[str]:
+        """Those that can take an order now. What died since is being made anew."""
+        ...
+
+    def run_round(self, orders: Mapping[str, RoundOrder], deadline_s: float) -> dict[str, SiloUpdate | Exception]:
+        """Give each silo its order; return every answer, or the exception in its place.
+
+        After the deadline the late are asked to hand in what they have; who does not is left out.
+        """
         ...
 
     def statuses(self) -> dict[str, SiloStatus]:
         """What each silo is doing; may be called from another thread, while a round runs."""
+        ...
+
+    def failed(self) -> dict[str, str]:
+        """Silos that could not be made, with the reason; each is told once."""
         ...
 
     def close(self) -> None:
@@ -61,17 +90,26 @@ def resources_of(job: Job, silo: str) -> Resources:
 
 
 class LocalPool:
-    """All silos in this process, one after the other."""
+    """All silos in this process, one after the other; nobody is ever late."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    def __init__(self) -> None:
         self.silos: dict[str, Silo] = {}
 
-    def open(self) -> dict[str, SiloCard]:
-        self.silos = {name: Silo(self.job, spec) for name, spec in specs_of(self.job).items()}
+    @property
+    def cards(self) -> dict[str, SiloCard]:
         return {name: silo.card() for name, silo in self.silos.items()}
 
-    def run_round(self, orders: Mapping[str, RoundOrder]) -> dict[str, SiloUpdate | Exception]:
+    def open(self, job: Job) -> None:
+        self.silos = {name: Silo(job, spec) for name, spec in specs_of(job).items()}
+
+    def add(self, job: Job, silo: str) -> None:
+        prepare(job, "own" if method_of(job).vocabulary == "own" else "global")
+        self.silos[silo] = Silo(job, specs_of(job)[silo])
+
+    def ready(self) -> set[str]:
+        return set(self.silos)
+
+    def run_round(self, orders: Mapping[str, RoundOrder], deadline_s: float) -> dict[str, SiloUpdate | Exception]:
         answers: dict[str, SiloUpdate | Exception] = {}
         for name, order in orders.items():
             try:
@@ -82,6 +120,9 @@ class LocalPool:
 
     def statuses(self) -> dict[str, SiloStatus]:
         return {name: silo.status for name, silo in self.silos.items()}
+
+    def failed(self) -> dict[str, str]:
+        return {}
 
     def close(self) -> None:
         for silo in self.silos.values():

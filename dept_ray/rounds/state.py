@@ -4,15 +4,16 @@ Where bodies stay home `body` is None; where embeddings stay home `rows` is None
 global vocabulary and, below them, the L learned positions: positions are rows that everybody owns.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
-from dept_ray.config import Job
+from dept_ray.config import Change, Job
 from dept_ray.errors import SiloError
 from dept_ray.messages import SiloCard, SiloUpdate
-from dept_ray.rounds.methods import Method
+from dept_ray.rounds.methods import Method, silos_of
 from dept_ray.silo.model import Layout
 from dept_ray.silo.silo import fresh_body, fresh_embedding
 
@@ -26,10 +27,20 @@ class SiloRecord:
     position: dict[str, int] = field(default_factory=dict)
     rounds: int = 0
     tokens: int = 0
+    failures: int = 0
+    """In a row, since it last counted."""
+    away: str = ""
+    """Why it takes no part: dropped, or set aside after so many failures; empty: it does."""
 
     def after(self, update: SiloUpdate) -> "SiloRecord":
         """The record once an update has counted."""
         return SiloRecord(update.snapshot, update.position, self.rounds + 1, self.tokens + update.tokens)
+
+    def failed(self, reason: str, limit: int) -> "SiloRecord":
+        """The record once the silo has failed; after `limit` failures in a row it is set aside."""
+        failures = self.failures + 1
+        away = f"set aside after {failures} failures in a row, the last: {reason}" if failures >= limit else ""
+        return replace(self, failures=failures, away=away)
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,10 @@ class RunState:
     """phi and psi: (V + L, D) fp32."""
     body_momentum: torch.Tensor | None = None
     rows_momentum: torch.Tensor | None = None
+    step: int = 0
+    """Global inner steps committed: the place in the cosine."""
+    changes: tuple[Change, ...] = ()
+    """What people changed while it ran, in order; `Job.changed` makes the job in force of them."""
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -69,8 +84,13 @@ def fresh_state(job: Job, method: Method, cards: dict[str, SiloCard]) -> RunStat
         embedding = fresh_embedding(job, shared_vocabulary(cards), "shared")
         tables = [embedding.tokens, embedding.positions]
         rows = torch.cat([table.detach() for table in tables if table is not None])
-    silos = {name: SiloRecord(position=dict.fromkeys(card.sources, 0)) for name, card in cards.items()}
+    silos = {name: SiloRecord(position=dict.fromkeys(sources, 0)) for name, sources in silos_of(job).items()}
     return RunState(0, silos, body, rows)
+
+
+def corpora_of(cards: Mapping[str, SiloCard]) -> dict[str, str]:
+    """Fingerprint of each source's prepared tokens."""
+    return {source: fingerprint for card in cards.values() for source, fingerprint in card.fingerprints.items()}
 
 
 def shared_vocabulary(cards: dict[str, SiloCard]) -> int:

@@ -8,7 +8,9 @@ position, and the round's own record, is renamed into place last. Without a mani
 go only after.
 """
 
+import fcntl
 import json
+import os
 import platform
 import shutil
 import time
@@ -19,10 +21,10 @@ from typing import Any
 
 import torch
 
-from dept_ray.config import Job
+from dept_ray.config import Change, Job
 from dept_ray.draws import checksum
-from dept_ray.errors import StoreError, WrongRunError
-from dept_ray.metrics import Record, read_records
+from dept_ray.errors import RunError, StoreError, WrongRunError
+from dept_ray.metrics import Record, finite, read_records
 from dept_ray.rounds.state import RunState, SiloRecord
 from dept_ray.silo.model import Body, Layout
 from dept_ray.text.shards import write_atomically
@@ -45,14 +47,13 @@ class RunStore:
 
     def __init__(self, job: Job) -> None:
         self.job, self.folder = job, run_folder(job)
+        self._corpora: dict[str, str] = {}  # also of silos that are not here now
         try:
             (self.folder / "rounds").mkdir(parents=True, exist_ok=True)
-            config = self.folder / "config.json"
-            if config.exists():
-                self._check_owner(config)
-            else:
-                about = {"fingerprint": job.fingerprint, "identity": job.identity, "job": job.model_dump(mode="json")}
-                write_atomically(config, json.dumps(about, indent=1).encode())
+            if self.rounds():  # before that nothing can be lost, and a job that was wrong is mended in place
+                self._check_owner(self.folder / "config.json")
+            about = {"fingerprint": job.fingerprint, "identity": job.identity, "job": job.model_dump(mode="json")}
+            write_atomically(self.folder / "config.json", json.dumps(about, indent=1).encode())
             write_atomically(self.folder / "environment.json", json.dumps(_environment(), indent=1).encode())
         except OSError as err:
             raise StoreError(f"run folder {self.folder} cannot be written ({err}): mend it or set `folder`") from err
@@ -60,7 +61,7 @@ class RunStore:
     def _check_owner(self, config: Path) -> None:
         try:
             stored = json.loads(config.read_text())
-        except ValueError as err:
+        except (OSError, ValueError) as err:
             raise StoreError(
                 f"{config} cannot be read ({err}): restore it, or choose another name for the run"
             ) from None
@@ -72,6 +73,29 @@ class RunStore:
                 f"run folder {self.folder} belongs to another job ({shown}): "
                 "give this job another `name`, or delete the folder"
             )
+
+    def hold(self, **where: Any) -> None:
+        """Say that the run is in progress here, until `let_go` or this process's end.
+
+        Args:
+            where: told to others, such as the address of the Ray cluster.
+
+        Raises:
+            RunError: it is in progress elsewhere.
+        """
+        self._lock = open(self.folder / "lock", "a")  # noqa: SIM115 - its lifetime is the point
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(f"run {self.job.name} is in progress ({in_progress(self.folder)})") from None
+        about = {"pid": os.getpid(), "host": platform.node(), **where}
+        write_atomically(self.folder / "live.json", json.dumps(about).encode())
+        (self.folder / "error.txt").unlink(missing_ok=True)
+
+    def let_go(self) -> None:
+        """The run is not in progress any more."""
+        (self.folder / "live.json").unlink(missing_ok=True)
+        self._lock.close()
 
     @property
     def metrics(self) -> Path:
@@ -92,6 +116,7 @@ class RunStore:
         from safetensors.torch import save
 
         folder = self.folder / "rounds" / f"{state.round:06d}"
+        self._corpora |= corpora
         try:
             folder.mkdir(parents=True, exist_ok=True)
             files = {}
@@ -105,10 +130,12 @@ class RunStore:
                 "fingerprint": self.job.fingerprint,
                 "layout": layout_fingerprint(self.job),
                 "round": state.round,
+                "step": state.step,
+                "changes": state.changes,
                 "files": files,
                 "silos": {name: asdict(silo) for name, silo in state.silos.items()},
-                "corpora": corpora,
-                "record": record,
+                "corpora": self._corpora,
+                "record": finite(record),
             }
             write_atomically(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
         except OSError as err:
@@ -121,6 +148,11 @@ class RunStore:
     def rounds(self) -> list[int]:
         """Committed rounds on disk, oldest first."""
         return sorted(int(path.parent.name) for path in (self.folder / "rounds").glob("*/manifest.json"))
+
+    def changes(self) -> list[Change]:
+        """What people changed in the run so far, as committed."""
+        rounds = self.rounds()
+        return read_manifest(self.folder / "rounds" / f"{rounds[-1]:06d}")["changes"] if rounds else []
 
     def load(self, corpora: dict[str, str]) -> RunState | None:
         """The last committed round, or None for a run that has none.
@@ -145,6 +177,7 @@ class RunStore:
                     f'run {self.job.name} was trained on other tokens of source "{source}" (fingerprint {fingerprint}, '
                     f"now {corpora[source]}): restore the prepared data, or give the job another `name`"
                 )
+        self._corpora = manifest["corpora"]
         return state
 
     def history(self) -> list[Record]:
@@ -153,14 +186,29 @@ class RunStore:
         `metrics.jsonl` is made to agree: a crash may have lost a line, or left one of no fact.
         """
         rounds = self.rounds()
-        records = [
-            r for r in read_records(self.metrics) if rounds and r["event"] == "round" and r["round"] < rounds[-1]
-        ]
+        known, records = read_records(self.metrics), []
         if rounds:
-            manifest = read_manifest(self.folder / "rounds" / f"{rounds[-1]:06d}")
-            records.append(manifest["record"])
-        write_atomically(self.metrics, "".join(json.dumps(record) + "\n" for record in records).encode())
+            last = read_manifest(self.folder / "rounds" / f"{rounds[-1]:06d}")["record"]
+            before = [r for r in known if r["event"] == "round" and r["round"] < rounds[-1]]
+            changed = [r for r in known if r["event"] == "change" and r["round"] < rounds[-1]]
+            records = sorted([*before, *changed, last], key=lambda r: (r["round"], r["event"] == "change"))
+        write_atomically(self.metrics, "".join(json.dumps(finite(record)) + "\n" for record in records).encode())
         return records
+
+
+def in_progress(folder: Path) -> dict[str, Any] | None:
+    """Where a run is in progress (pid, host, address), or None if it is not. The lock of a dead process is free."""
+    try:
+        with open(folder / "lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return None
+    except FileNotFoundError:
+        return None
+    except OSError:
+        try:
+            return json.loads((folder / "live.json").read_text())
+        except (OSError, ValueError):
+            return {}
 
 
 def load_round(folder: Path, round: int) -> tuple[RunState, dict[str, Any]]:
@@ -187,7 +235,8 @@ def load_round(folder: Path, round: int) -> tuple[RunState, dict[str, Any]]:
         raise StoreError(
             f"round {round} in {where} cannot be read ({err}): restore it, or delete the folder to go back a round"
         ) from err
-    return RunState(manifest["round"], silos, **tensors), manifest
+    step, changes = manifest["step"], tuple(manifest["changes"])
+    return RunState(manifest["round"], silos, **tensors, step=step, changes=changes), manifest
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -198,7 +247,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        if missing := {"round", "files", "silos", "corpora", "layout", "record"} - set(manifest):
+        if missing := {"round", "files", "silos", "corpora", "layout", "record", "step", "changes"} - set(manifest):
             raise ValueError(f"{', '.join(sorted(missing))} missing")
         return manifest
     except (OSError, ValueError, TypeError) as err:

@@ -1,26 +1,28 @@
 """THE OUTER LOOP: Algorithm 1 of DEPT (arXiv 2410.05021) on one screen. Start reading here.
 
-Each round: choose silos, order them to train from the shared body, judge what comes back, make the outer step, and
-only then, by one rename on disk, let it be a fact. Where silos live (`pool`), where facts are kept (`store`), who
-watches (`log`) and who interferes (`control`) are arguments; the same loop runs in process and on a cluster, bit for
-bit.
+Each round: obey what people asked for, see who is here, choose silos, order them to train from the shared body, judge
+what comes back, make the outer step, and only then, by one rename on disk, let it be a fact. Where silos live (`pool`),
+where facts are kept (`store`), who watches (`log`) and who interferes (`control`) are arguments; the same loop runs in
+process and on a cluster, bit for bit.
 """
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from dept_ray.config import Job
 from dept_ray.draws import checksum
 from dept_ray.errors import QuorumLost
 from dept_ray.messages import RoundOrder, SiloCard
+from dept_ray.rounds.changes import obey_people, with_newcomers
 from dept_ray.rounds.control import Control
-from dept_ray.rounds.ledger import final_record, round_record
-from dept_ray.rounds.membership import Verdict, choose, judge
+from dept_ray.rounds.ledger import final_record, past_seconds, round_record
+from dept_ray.rounds.membership import Verdict, choose, deadline_s, judge, members
 from dept_ray.rounds.methods import method_of
 from dept_ray.rounds.outer import outer_step
 from dept_ray.rounds.pool import SiloPool
-from dept_ray.rounds.state import RunState, fresh_state, rows_of
+from dept_ray.rounds.state import RunState, corpora_of, fresh_state, rows_of
 from dept_ray.rounds.store import RunStore
 
 Log = Callable[[dict[str, Any]], None]
@@ -33,40 +35,55 @@ def train(job: Job, pool: SiloPool, store: RunStore, log: Log, control: Control)
         The state after the last committed round.
 
     Raises:
-        QuorumLost: a round failed `rounds.attempts` times.
+        QuorumLost: a round failed `faults.attempts` times, or nobody is left.
         RunError, DataError: a silo or the folder cannot go on.
     """
-    cards = pool.open()
-    corpora = {source: fingerprint for card in cards.values() for source, fingerprint in card.fingerprints.items()}
-    state = store.load(corpora) or fresh_state(job, method_of(job), cards)
+    job = job.changed(store.changes())
+    pool.open(job)
+    state = store.load(corpora_of(pool.cards)) or fresh_state(job, method_of(job), pool.cards)
+    history = store.history()
     while state.round < job.rounds.total and not control.stopping:
+        job, state = obey_people(job, state, pool, log, control)
+        if not control.begin_round():
+            continue
         began = time.perf_counter()
-        chosen = choose(job, cards, state.round)
-        orders, verdict = _until_it_counts(job, state, chosen, cards, pool)
-        before, state = state, outer_step(job, state, verdict.accepted, cards)
+        state = with_newcomers(state, pool)
+        limit = deadline_s(job.faults, past_seconds(history))
+        state, orders, verdict = _until_it_counts(job, state, pool, limit)
+        before, state = state, outer_step(job, state, verdict.accepted, pool.cards)
         record = round_record(job, before, state, orders, verdict, time.perf_counter() - began)
-        store.save(state, record, corpora)  # now it is a fact
+        record["away"] |= pool.failed()
+        store.save(state, record, corpora_of(pool.cards))  # now it is a fact
+        history.append(record)
         log(record)
     if state.round == job.rounds.total:
-        log(_final_scores(job, state, cards, pool))
+        log(_final_scores(job, state, pool))
     return state
 
 
 def _until_it_counts(
-    job: Job, state: RunState, chosen: list[str], cards: Mapping[str, SiloCard], pool: SiloPool
-) -> tuple[dict[str, RoundOrder], Verdict]:
-    """Order a round, again if need be, until a quorum answers."""
-    verdict = None
-    for attempt in range(job.rounds.attempts):
-        orders = orders_for(job, state, chosen, cards, attempt=attempt, steps=job.inner.local_steps)
-        verdict = judge(job, orders, pool.run_round(orders))
+    job: Job, state: RunState, pool: SiloPool, limit_s: float
+) -> tuple[RunState, dict[str, RoundOrder], Verdict]:
+    """Order a round, again if need be, until a quorum answers; who failed is on the state's record."""
+    what, reasons = "", dict[str, str]()
+    for attempt in range(job.faults.attempts):
+        chosen = choose(job, members(state.silos, pool.ready()), state.round)
+        if not chosen:
+            what = "has nobody left to train it"
+            break
+        orders = orders_for(job, state, chosen, pool.cards, attempt=attempt, steps=job.inner.local_steps)
+        verdict = judge(job, orders, pool.run_round(orders, limit_s))
+        failed = {k: state.silos[k].failed(reason, job.faults.failures) for k, reason in verdict.refused.items()}
+        state = replace(state, silos=state.silos | failed)
         if verdict.commit:
-            return orders, verdict
-    assert verdict is not None
-    reasons = "; ".join(f"{silo}: {reason}" for silo, reason in verdict.refused.items())
+            return state, orders, verdict
+        what = f"failed {attempt + 1} times, {len(verdict.accepted)} of {len(chosen)} silos answered"
+        reasons |= verdict.refused
+    away = {name: silo.away for name, silo in state.silos.items() if silo.away}
+    told = "; ".join(f"{silo}: {reason}" for silo, reason in sorted({**away, **pool.failed(), **reasons}.items()))
     raise QuorumLost(
-        f"round {state.round + 1} failed {job.rounds.attempts} times, {len(verdict.accepted)} of {len(chosen)} silos "
-        f"answered ({reasons}); round {state.round} stands: mend the cause and run the same command again"
+        f"round {state.round + 1} {what} ({told}); round {state.round} stands: "
+        "mend the cause and run the same command again"
     )
 
 
@@ -78,10 +95,13 @@ def orders_for(
     fingerprint = "" if body is None else checksum(body)
     every = job.rounds.score_every
     due = steps == 0 or (every > 0 and state.round % every == 0)
+    joined = {source.name for source in job.sources if source.joined}
     return {
         name: RoundOrder(
             run=job.name, silo=name, round=state.round, attempt=attempt, after=state.silos[name].snapshot,
-            position=state.silos[name].position, first_step=state.round * job.inner.local_steps, steps=steps, score=due,
+            position=state.silos[name].position, first_step=state.step, steps=steps, score=due, lr=job.inner.lr,
+            total_steps=state.step + (job.rounds.total - state.round) * job.inner.local_steps,
+            frozen_steps=job.faults.newcomer_steps if name in joined and not state.silos[name].rounds else 0,
             fingerprint=fingerprint, body=body,
             rows=None if state.rows is None else state.rows[rows_of(cards[name], len(state.rows))].numpy(),
         )
@@ -89,14 +109,15 @@ def orders_for(
     }  # fmt: skip
 
 
-def _final_scores(job: Job, state: RunState, cards: Mapping[str, SiloCard], pool: SiloPool) -> dict[str, Any]:
+def _final_scores(job: Job, state: RunState, pool: SiloPool) -> dict[str, Any]:
     """What the finished model is worth on every source; a silo that fails is asked again."""
-    scores, refused = {}, dict.fromkeys(sorted(cards), "")
-    for attempt in range(job.rounds.attempts):
-        orders = orders_for(job, state, list(refused), cards, attempt=attempt, steps=0)
-        verdict = judge(job, orders, pool.run_round(orders))
+    scores, refused = {}, dict.fromkeys(members(state.silos, pool.ready()), "")
+    for attempt in range(job.faults.attempts):
+        there = sorted(refused.keys() & pool.ready())
+        orders = orders_for(job, state, there, pool.cards, attempt=attempt, steps=0)
+        verdict = judge(job, orders, pool.run_round(orders, job.faults.deadline_cap_s))
         scores |= {source: score for update in verdict.accepted.values() for source, score in update.scores.items()}
-        refused = verdict.refused
+        refused = {name: verdict.refused.get(name, "not there") for name in refused.keys() - verdict.accepted.keys()}
         if not refused:
             break
     return final_record(job, state.round, scores, refused)

@@ -69,10 +69,15 @@ def choose_hardware(job: Job, threads: int, gpu: bool) -> Hardware:
     compile_ = job.inner.compile == "always" or (
         job.inner.compile == "auto" and job.total_steps >= _COMPILE_PAYS_AFTER_STEPS
     )
-    micro_batch = job.inner.micro_batch or (job.inner.batch_size if device == "cpu" else min(16, job.inner.batch_size))
-    if job.inner.batch_size % micro_batch:
-        micro_batch = 1
+    micro_batch = job.inner.micro_batch or (
+        job.inner.batch_size if device == "cpu" else _divisor(job.inner.batch_size, 16)
+    )
     return Hardware(device, threads, autocast, compile_, micro_batch)
+
+
+def _divisor(number: int, most: int) -> int:
+    """The largest divisor that is not above `most`."""
+    return next(d for d in range(min(number, most), 0, -1) if number % d == 0)
 
 
 def _has_bf16(device: str) -> bool:

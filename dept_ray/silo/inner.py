@@ -62,6 +62,37 @@ class Trained:
     """Mean cross-entropy over the round, nats per token; nan without a step."""
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """Which learning rate each parameter group has at each step of a round: a function of the *global* step."""
+
+    first_step: int
+    """Global step of the round's first batch."""
+    steps: int
+    """Batches of the round."""
+    total_steps: int
+    """Length of the one cosine."""
+    peak: float
+    warmup: int
+    floor: float
+    """As a fraction of the peak."""
+    embedding_period: int | None = None
+    """Steps of the token embedding's own cosine, which begins with the round (ACT); None: the one of all."""
+    frozen_steps: int = 0
+    """First steps of the round in which the body stands still."""
+
+    def rate(self, group: str, done: int) -> float:
+        """Of a group (matrices, vectors, tokens, positions) after `done` steps of the round."""
+        if group in ("matrices", "vectors") and done < self.frozen_steps:
+            return 0.0
+        if group == "tokens" and self.embedding_period is not None:
+            period = self.embedding_period
+            warmup = min(self.warmup, period // 10)
+            return cosine(done, steps=period, warmup=warmup, peak=self.peak, floor=self.floor)
+        step = self.first_step + done
+        return cosine(step, steps=self.total_steps, warmup=self.warmup, peak=self.peak, floor=self.floor)
+
+
 def train_steps(
     model: LanguageModel,
     loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
@@ -70,9 +101,7 @@ def train_steps(
     *,
     job: Job,
     hardware: Hardware,
-    first_step: int,
-    steps: int,
-    embedding_period: int | None,
+    schedule: Schedule,
     should_stop: Callable[[], bool],
     watch: Callable[[int, float, float], None],
 ) -> Trained:
@@ -82,9 +111,7 @@ def train_steps(
         model: whose parameters `optimizer` steps.
         loss_of: (B, T) ids and targets -> summed nats; `model.loss` or its compiled twin.
         batches: (B, T + 1) local ids each.
-        first_step: global step of the first batch.
-        steps: how many batches there will be.
-        embedding_period: steps of the embedding's own cosine (ACT); None: the global one.
+        schedule: learning rates, and how many batches there will be.
         should_stop: asked between steps.
         watch: called about once a second with (steps done, mean loss so far, tokens/s).
 
@@ -92,7 +119,7 @@ def train_steps(
         How far it came; gradients are left at zero.
     """
     inner = job.inner
-    losses = torch.zeros(max(steps, 1), device=hardware.device)
+    losses = torch.zeros(max(schedule.steps, 1), device=hardware.device)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     done, began, watched = 0, time.perf_counter(), time.perf_counter()
     tokens_per_step = inner.batch_size * inner.context
@@ -101,7 +128,8 @@ def train_steps(
     for batch in batches:
         if should_stop():
             break
-        _set_rates(optimizer, job, first_step + done, embedding_period)
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.rate(group["name"], done)
         ids = torch.from_numpy(batch.astype(np.int64))
         if hardware.device_type == "cuda":
             ids = ids.pin_memory().to(hardware.device, non_blocking=True)
@@ -120,16 +148,3 @@ def train_steps(
             watched = now
     mean = losses[:done].double().mean().item() if done else math.nan
     return Trained(done, done * tokens_per_step, mean)
-
-
-def _set_rates(optimizer: torch.optim.AdamW, job: Job, step: int, embedding_period: int | None) -> None:
-    inner = job.inner
-    rate = cosine(step, steps=job.total_steps, warmup=inner.warmup_steps, peak=inner.lr, floor=inner.lr_floor)
-    tokens_rate = rate
-    if embedding_period is not None:
-        warmup = min(inner.warmup_steps, embedding_period // 10)
-        tokens_rate = cosine(
-            step % embedding_period, steps=embedding_period, warmup=warmup, peak=inner.lr, floor=inner.lr_floor
-        )
-    for group in optimizer.param_groups:
-        group["lr"] = tokens_rate if group["name"] == "tokens" else rate

@@ -20,10 +20,10 @@ from dept_ray.draws import checksum, seed_for
 from dept_ray.errors import SiloError
 from dept_ray.messages import RoundOrder, Score, SiloCard, SiloSpec, SiloStatus, SiloUpdate
 from dept_ray.silo.hardware import choose_hardware
-from dept_ray.silo.inner import Trained, make_optimizer, train_steps
+from dept_ray.silo.inner import Schedule, Trained, make_optimizer, train_steps
 from dept_ray.silo.model import Body, Embedding, LanguageModel, Layout, flatten_parameters, initialise
 from dept_ray.silo.score import score_corpus
-from dept_ray.silo.snapshot import load_snapshot, prune_snapshots, save_snapshot, snapshot_name
+from dept_ray.silo.snapshot import drop_lost_snapshots, load_snapshot, prune_snapshots, save_snapshot, snapshot_name
 from dept_ray.text.prepare import corpus_folder
 from dept_ray.text.shards import Corpus, open_corpus
 from dept_ray.text.stream import MixedStream, Position, Read, Stream
@@ -186,9 +186,16 @@ class Silo:
             (self.vocabulary.to_local(batch) for batch in self.stream.batches(order.position, order.steps)),
             job=self.job,
             hardware=self.hardware,
-            first_step=order.first_step,
-            steps=order.steps,
-            embedding_period=self.job.inner.local_steps if self.spec.reset_embedding else None,
+            schedule=Schedule(
+                first_step=order.first_step,
+                steps=order.steps,
+                total_steps=order.total_steps,
+                peak=order.lr,
+                warmup=self.job.inner.warmup_steps,
+                floor=self.job.inner.lr_floor,
+                embedding_period=order.steps if self.spec.reset_embedding else None,
+                frozen_steps=order.frozen_steps,
+            ),
             should_stop=lambda: self._stop_at == (order.round, order.attempt),
             watch=lambda step, loss, rate: self._say("training", order, step=step, loss=loss, tokens_per_s=rate),
         )
@@ -199,6 +206,7 @@ class Silo:
             if not self._keeps_moments:
                 self._optimizer = self._new_optimizer()
             return
+        self._after = NOWHERE  # until all of it is read
         self._optimizer = self._new_optimizer()
         fresh_tokens = fresh_embedding(self.job, self.vocabulary.size, self.spec.silo)
         with torch.no_grad():
@@ -250,6 +258,7 @@ class Silo:
             "position": position,
         }
         save_snapshot(folder / name, parts, about)
+        drop_lost_snapshots(folder, order.after, name)
         if order.after is not None:
             prune_snapshots(folder, order.after, self.job.rounds.keep)
         self._after = name

@@ -77,6 +77,13 @@ def load_snapshot(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dic
     return parts, state
 
 
+def drop_lost_snapshots(folder: Path, after: str | None, latest: str) -> None:
+    """Delete what attempts between `after`, which a manifest names (None: nothing), and `latest` left: none counted."""
+    for path in folder.iterdir():
+        if path.is_dir() and (after or "") < path.name < latest:
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def prune_snapshots(folder: Path, current: str, keep: int) -> None:
     """Keep `current` and the `keep` snapshots before it; what lies beyond it was never committed."""
     names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []

@@ -386,11 +386,9 @@ def _placed(job: Job, silo: str) -> Job:
 
 def _memory(job: Job, parameters: int, vocabulary_size: int) -> Memory:
     inner, resources = job.inner, job.resources
-    micro_batch = inner.micro_batch or min(
-        GPU_MICRO_BATCH if resources.num_gpus else inner.batch_size, inner.batch_size
-    )
-    if inner.batch_size % micro_batch:
-        micro_batch = 1
+    most = min(GPU_MICRO_BATCH if resources.num_gpus else inner.batch_size, inner.batch_size)
+    largest = next(d for d in range(most, 0, -1) if inner.batch_size % d == 0)
+    micro_batch = inner.micro_batch or largest
     rows = loss_rows(job, micro_batch * inner.context, vocabulary_size)
     return Memory(
         weights=FP32_BYTES * parameters,

@@ -109,7 +109,8 @@ def _begin(task: Task, tokenizer: bytes | None = None) -> None:
 def _sampled(job: Job) -> list[Source]:
     """Sources whose text is still needed to train the global tokenizer."""
     trained = job.tokenizer.kind in ("bpe", "unigram")
-    return list(job.sources) if trained and not (global_tokenizer_folder(job) / "tokenizer.json").exists() else []
+    missing = trained and not (global_tokenizer_folder(job) / "tokenizer.json").exists()
+    return [s for s in job.sources if not s.joined] if missing else []
 
 
 def _shares(job: Job, sampled: list[Source]) -> list[int]:
@@ -145,7 +146,7 @@ def _check_same(job: Job, finished: list[Source], tokenizer: bytes) -> None:
 # ---------------------------------------------------------------------------------------------- where things are
 def text_key(source: Source) -> str:
     """Digest of all that decides a source's text."""
-    kept = source.model_dump(mode="json", exclude={"weight", "storage", "resources", "vocab_size", "tokens"})
+    kept = source.model_dump(mode="json", exclude={"weight", "storage", "resources", "vocab_size", "tokens", "joined"})
     return digest(json.dumps(kept, sort_keys=True))
 
 
@@ -156,12 +157,19 @@ def text_folder(job: Job, source: Source) -> Path:
 
 def _tokenizer_key(job: Job, texts: list[str]) -> str:
     kept = job.tokenizer.model_dump(mode="json", exclude={"vocabulary", "global_vocab_size"})
-    return digest(json.dumps(kept, sort_keys=True), *texts)
+    file = Path(job.tokenizer.name or "") if job.tokenizer.kind == "file" else None
+    content = [file.read_bytes()] if file is not None and file.is_file() else []
+    return digest(json.dumps(kept, sort_keys=True), *texts, *content)
 
 
 def global_tokenizer_folder(job: Job) -> Path:
     """The tokenizer that all sources share."""
-    return Path(job.folder) / "data" / "tokenizers" / _tokenizer_key(job, [text_key(s) for s in job.sources])
+    return (
+        Path(job.folder)
+        / "data"
+        / "tokenizers"
+        / _tokenizer_key(job, [text_key(s) for s in job.sources if not s.joined])
+    )
 
 
 def corpus_folder(job: Job, name: str, kind: TokenizerKind) -> Path:

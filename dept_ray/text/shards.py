@@ -10,7 +10,7 @@ index is no corpus, and a file that differs is never read.
 import json
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -197,8 +197,12 @@ def write_index(
     dtype: str,
     end_of_text: int,
     counts: Mapping[Split, np.ndarray],
+    special: Sequence[int] = (),
 ) -> None:
-    """Make a folder of shards and tokenizer.json a corpus: counts first, the index last."""
+    """Make a folder of shards and tokenizer.json a corpus: counts first, the index last.
+
+    `special` ids belong to every vocabulary, whether or not they occur (equation 5).
+    """
     from safetensors.numpy import save
 
     whole = {split: array.astype(np.int64) for split, array in counts.items()}
@@ -207,6 +211,7 @@ def write_index(
         "format": FORMAT,
         "dtype": dtype,
         "end_of_text": end_of_text,
+        "special": sorted({end_of_text, *special}),
         "fingerprint": _fingerprint(folder, [*train, *validation]),
         "train": [asdict(file) for file in train],
         "validation": [asdict(file) for file in validation],
@@ -242,7 +247,7 @@ def open_corpus(folder: Path, verify: bool = True) -> Corpus:
         for split, shards in splits.items():
             if counts[split].sum() != shards.tokens:
                 raise ValueError(f"it counts {counts[split].sum()} {split} tokens, the index {shards.tokens}")
-        used = np.union1d(np.flatnonzero(counts["train"] + counts["validation"]), [end]).astype(np.int64)
+        used = np.union1d(np.flatnonzero(counts["train"] + counts["validation"]), index["special"]).astype(np.int64)
         path = folder / "tokenizer.json"
         if verify and _fingerprint(folder, [*files["train"], *files["validation"]]) != fingerprint:
             raise ValueError("it is not the one that made these tokens")

@@ -202,6 +202,7 @@ def index(task: Task) -> None:
         dtype=_dtype(size),
         end_of_text=end_of_text(tokenizer),
         counts=counts,
+        special=[number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special],
     )
     for part in parts:
         (task.folder / f"{part}.safetensors").unlink(missing_ok=True)

@@ -45,10 +45,10 @@ def curve(records: list[dict[str, Any]]) -> list[Any]:
 def test_stopped_and_resumed_on_ray_equals_uninterrupted_in_process_bit_for_bit(tiny: Make, method: str) -> None:
     from dept_ray.on_ray.pool import RayPool
 
-    expected, expected_records = run(tiny(method, at="here"), LocalPool(tiny(method, at="here")))
+    expected, expected_records = run(tiny(method, at="here"), LocalPool())
     job = tiny(method, at="there")
-    _, first = run(job, RayPool(job), stop_after=1)
-    state, second = run(job, RayPool(job))
+    _, first = run(job, RayPool(), stop_after=1)
+    state, second = run(job, RayPool())
     assert [r["round"] for r in first] == [1]
     assert curve(first + second) == curve(expected_records)
     assert state.tensors.keys() == expected.tensors.keys()
@@ -64,15 +64,15 @@ def test_a_silo_that_is_killed_is_left_out_once_and_made_anew(tiny: Make) -> Non
 
     from dept_ray.on_ray.pool import RayPool
 
-    job = tiny("spec", inner={"local_steps": 400}, rounds={"total": 2, "quorum": 0.5})
-    pool = RayPool(job)
+    job = tiny("spec", inner={"local_steps": 400}, rounds={"total": 2})
+    pool = RayPool()
 
     def kill_code_while_it_trains() -> None:
-        while pool.statuses()["code"].doing != "training":
+        while (status := pool.statuses().get("code")) is None or status.doing != "training":
             time.sleep(0.05)
         os.kill(ray.get(pool.actors["code"].pid.remote()), signal.SIGKILL)
 
-    killer = threading.Thread(target=kill_code_while_it_trains)
+    killer = threading.Thread(target=kill_code_while_it_trains, daemon=True)
     killer.start()
     state, records = run(job, pool)
     killer.join()
@@ -82,10 +82,37 @@ def test_a_silo_that_is_killed_is_left_out_once_and_made_anew(tiny: Make) -> Non
     assert [state.silos[n].rounds for n in ("code", "latin", "numbers")] == [1, 2, 2]
 
 
+def test_a_late_silo_hands_in_what_it_has_and_one_that_cannot_is_made_anew(tiny: Make) -> None:
+    import ray
+
+    from dept_ray.on_ray.pool import RayPool
+
+    faults = {"deadline_floor_s": 1.0, "deadline_cap_s": 4.0, "grace_s": 3.0}
+    job = tiny("spec", inner={"local_steps": 30_000}, rounds={"total": 2}, faults=faults)
+    pool = RayPool()
+
+    def freeze_code_in_the_second_round() -> None:
+        while (status := pool.statuses().get("code")) is None or (status.round, status.doing) != (1, "training"):
+            time.sleep(0.05)
+        os.kill(ray.get(pool.actors["code"].pid.remote()), signal.SIGSTOP)
+
+    freezer = threading.Thread(target=freeze_code_in_the_second_round, daemon=True)
+    freezer.start()
+    state, records = run(job, pool)
+    freezer.join()
+    first, second = records[:2]
+    assert set(first["silos"]) == {"code", "latin", "numbers"}
+    assert all(0 < silo["steps"] < 30_000 for silo in first["silos"].values())
+    assert first["silos"]["code"]["tokens"] == first["silos"]["code"]["steps"] * 4 * 32
+    assert list(second["refused"]) == ["code"]
+    assert "late: no answer" in second["refused"]["code"]
+    assert state.silos["latin"].position["latin"] == state.silos["latin"].tokens // 32
+
+
 def test_an_error_in_a_silo_comes_back_as_our_own(tiny: Make) -> None:
     from dept_ray.errors import SiloError
     from dept_ray.on_ray.pool import RayPool
 
     job = tiny("spec", inner={"batch_size": 4096})
     with pytest.raises(SiloError, match=r"fewer than one batch \(inner\.batch_size = 4096\)"):
-        run(job, RayPool(job))
+        run(job, RayPool())

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from dept_ray.client import Run
 from dept_ray.config import Job
-from dept_ray.errors import ClusterError, RunError, SourceError, WrongRunError
+from dept_ray.errors import ClusterError, ConfigError, RunError, SourceError, WrongRunError
 
 pytestmark = [pytest.mark.ray]
 Make = Callable[..., Job]
@@ -67,7 +67,7 @@ def test_a_run_in_progress_answers_and_is_not_started_twice(tiny: Make, started:
     started(job)
     seen = Run.attach(job_folder(job))
     assert seen.status().rounds == 50
-    with pytest.raises(ClusterError, match="is in progress"):
+    with pytest.raises((RunError, ClusterError), match="is in progress"):
         Run.start(job)
 
 
@@ -98,6 +98,68 @@ def test_a_detached_run_ends_its_own_process_when_it_is_over(tiny: Make, ray_her
     assert Coordinator.find(job.name) is None
 
 
+def test_hands_on_a_live_run(tiny: Make, started: Callable[..., Run], tmp_path: Path) -> None:
+    """Pause, step, set, drop, return and add, from another handle than the one that started it."""
+    job = tiny("spec-opt", name="live", rounds={"total": 1000})
+    started(job)
+    run = Run.attach(job_folder(job))
+    run.pause()
+    until(lambda: run.status().phase == "paused")
+    held = run.status().round
+    run.set("outer.lr", 0.5)
+    run.set("inner.local_steps", 6)
+    run.drop("code")
+    with pytest.raises(ConfigError, match=r"model\.width cannot be changed in a run"):
+        run.set("model.width", 64)
+    with pytest.raises(ConfigError, match='no silo "klingon"'):
+        run.drop("klingon")
+    run.step(2)
+    until(lambda: run.status().round == held + 2 and run.status().phase == "paused")
+    two = [r for r in run.history() if r["event"] == "round"][-2:]
+    assert [sorted(r["silos"]) for r in two] == [["latin", "numbers"]] * 2
+    assert {s["steps"] for r in two for s in r["silos"].values()} == {6}
+    assert two[-1]["away"] == {"code": "dropped"}
+
+    (tmp_path / "new.txt").write_text("".join(f"{a} plus {b} is {a + b}\n" for a in range(60) for b in range(40)))
+    (tmp_path / "old.txt").write_text("".join(f"{a} minus {b} is {a - b}\n" for a in range(20) for b in range(9)))
+    texts = {"paths": str(tmp_path / "new.txt"), "validation_paths": str(tmp_path / "old.txt")}
+    run.add({"add": {"name": "sums", "kind": "files", **texts}})
+    run.bring_back("code")
+    run.resume()
+    until(lambda: any("sums" in r["silos"] for r in run.history() if r["event"] == "round"))
+    run.set("rounds.total", run.status().round + 2)
+    until(lambda: run.status().over)
+    records = run.history()
+    assert records[-1]["event"] == "scores"
+    assert sorted(records[-1]["scores"]) == ["code", "latin", "numbers", "sums"]
+    changes = [r["change"] for r in records if r["event"] == "change"]
+    assert [next(iter(change)) for change in changes] == ["set", "set", "drop", "add", "return", "set"]
+
+
+def test_answers_come_at_once_while_silos_train(tiny: Make, started: Callable[..., Run]) -> None:
+    run = started(tiny("spec", name="busy", inner={"local_steps": 2000}, rounds={"total": 50}))
+    until(lambda: training(run))
+    took = []
+    for _ in range(50):
+        began = time.perf_counter()
+        run.status()
+        took.append(time.perf_counter() - began)
+    print(f"status: median {sorted(took)[25] * 1e3:.1f} ms, worst {max(took) * 1e3:.1f} ms")
+
+
+def until(fact: Callable[[], bool], within_s: float = 120) -> None:
+    """Wait for a fact."""
+    deadline = time.monotonic() + within_s
+    while not fact():
+        assert time.monotonic() < deadline, "it did not come true"
+        time.sleep(0.05)
+
+
+def training(run: Run) -> bool:
+    """Whether a silo of the run trains now."""
+    return any(silo.doing in ("loading", "scoring", "training", "saving") for silo in run.status().silos.values())
+
+
 def test_a_run_that_fails_says_why(tiny: Make, started: Callable[..., Run]) -> None:
     run = started(tiny("spec", name="too-big", inner={"batch_size": 4096}))
     with pytest.raises(RunError, match="fewer than one batch"):
@@ -110,7 +172,9 @@ def test_what_is_wrong_is_said_before_anything_is_spent(tiny: Make, ray_here: No
     with pytest.raises(ClusterError, match=r"ask for 9 of resources\.num_cpus, but the cluster has 4"):
         Run.start(tiny("spec", name="cpus", resources={"num_cpus": 3}))
     job = tiny("spec", name="mine", at="mine")
-    Run.start(job).kill()
+    run = Run.start(job)
+    run.follow(QUIET)
+    run.kill()
     with pytest.raises(WrongRunError, match=r"inner\.lr: 0\.01 there, 0\.5 here"):
         Run.start(tiny("spec", name="mine", at="mine", inner={"lr": 0.5}))
     missing = [{"name": "a", "kind": "files", "paths": str(tmp_path / "none" / "*.txt")}]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tiny import a_card, an_answer
 
-from dept_ray.config import Job, parse_job
+from dept_ray.config import FaultsSection, Job, parse_job
 from dept_ray.errors import QuorumLost, SiloError, StoreError
 from dept_ray.messages import RoundOrder, SiloCard, SiloStatus, SiloUpdate
 from dept_ray.rounds.control import Control
@@ -26,9 +26,11 @@ SILOS = ("a", "b", "c", "d", "e")
 def job_of(folder: Path | str = ".", silos: tuple[str, ...] = SILOS, seed: int = 0, **rounds: object) -> Job:
     sources = [{"kind": "installed", "collection": "docs", "name": name} for name in silos]
     model = {"layers": 1, "width": 8, "heads": 1}
+    faults = {key: rounds.pop(key) for key in [*rounds] if key in FaultsSection.model_fields}
     return parse_job(
         {"name": "tiny", "method": "spec", "folder": str(folder), "seed": seed, "sources": sources, "model": model,
-         "inner": {"context": 8, "batch_size": 1, "local_steps": 2}, "rounds": rounds}
+         "inner": {"context": 8, "batch_size": 1, "local_steps": 2}, "rounds": rounds,
+         "faults": faults}
     )  # fmt: skip
 
 
@@ -162,10 +164,23 @@ class FakePool:
         self.job, self.answers = job, answers
         self.asked: list[dict[str, RoundOrder]] = []
 
-    def open(self) -> dict[str, SiloCard]:
+    @property
+    def cards(self) -> dict[str, SiloCard]:
         return {source.name: a_card(source.name) for source in self.job.sources}
 
-    def run_round(self, orders: Mapping[str, RoundOrder]) -> dict[str, SiloUpdate | Exception]:
+    def open(self, job: Job) -> None:
+        assert job == self.job
+
+    def add(self, job: Job, silo: str) -> None:
+        raise AssertionError(silo)
+
+    def ready(self) -> set[str]:
+        return set(self.cards)
+
+    def failed(self) -> dict[str, str]:
+        return {}
+
+    def run_round(self, orders: Mapping[str, RoundOrder], deadline_s: float) -> dict[str, SiloUpdate | Exception]:
         self.asked.append(dict(orders))
         return {name: answer for name, order in orders.items() if (answer := self.answers(order)) is not None}
 

@@ -6,11 +6,11 @@ import shutil
 import pytest
 import torch
 
-from dept_ray.errors import StoreError, WrongRunError
+from dept_ray.errors import RunError, StoreError, WrongRunError
 from dept_ray.metrics import JsonLines, read_records
 from dept_ray.rounds import store as store_module
 from dept_ray.rounds.state import RunState, SiloRecord
-from dept_ray.rounds.store import RunStore, load_round
+from dept_ray.rounds.store import RunStore, in_progress, load_round
 
 CORPORA = {"a": "tokens of a", "b": "tokens of b"}
 
@@ -181,6 +181,7 @@ def test_a_manifest_that_lacks_what_it_must_say_is_refused(job):
 
 def test_an_unreadable_config_is_refused_with_file_and_remedy(job):
     store = RunStore(job)
+    save(store, 1)
     (store.folder / "config.json").write_text("{")
     with pytest.raises(StoreError, match=r"config\.json cannot be read.*restore it, or choose another name"):
         RunStore(job)
@@ -199,9 +200,30 @@ def test_an_unreadable_config_is_refused_with_file_and_remedy(job):
     ],
 )
 def test_another_job_s_folder_is_refused_with_the_key_that_differs(tiny, job, change, told):
-    RunStore(job)
+    save(RunStore(job), 1)
     with pytest.raises(WrongRunError, match=rf"\({told}\).*another `name`, or delete the folder"):
         RunStore(tiny("glob", **change))
+
+
+def test_before_its_first_round_a_folder_is_claimed_by_the_job_as_mended(tiny, job):
+    RunStore(job)
+    mended = tiny("glob", inner={"lr": 0.5})
+    save(RunStore(mended), 1)
+    with pytest.raises(WrongRunError):
+        RunStore(job)
+
+
+def test_a_run_is_in_progress_once(job):
+    first, second = RunStore(job), RunStore(job)
+    assert in_progress(first.folder) is None
+    first.hold(address="here:1")
+    with pytest.raises(RunError, match=r"is in progress .*here:1"):
+        second.hold()
+    assert in_progress(first.folder)["address"] == "here:1"
+    first.let_go()
+    second.hold()
+    second.let_go()
+    assert in_progress(first.folder) is None
 
 
 def test_other_tokens_are_refused_with_the_source(job):
@@ -215,9 +237,7 @@ def test_other_tokens_are_refused_with_the_source(job):
 
 def test_housekeeping_may_differ_between_two_starts(tiny, job):
     save(RunStore(job), 1)
-    again = tiny(
-        "glob", rounds={"keep": 9, "start_timeout_s": 1.0, "attempts": 7, "score_every": 2}, resources={"num_cpus": 1}
-    )
+    again = tiny("glob", rounds={"keep": 9, "score_every": 2}, faults={"attempts": 7}, resources={"num_cpus": 1})
     assert again.fingerprint == job.fingerprint
     assert_equal(RunStore(again).load(CORPORA), state_after(1))
 

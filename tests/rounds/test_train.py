@@ -33,14 +33,14 @@ from dept_ray.silo.silo import silo_folder
 class RecordingPool(LocalPool):
     """Keeps every message, as it was when it was sent."""
 
-    def __init__(self, job: Job) -> None:
-        super().__init__(job)
+    def __init__(self) -> None:
+        super().__init__()
         self.orders: list[RoundOrder] = []
         self.updates: list[SiloUpdate] = []
 
-    def run_round(self, orders: Mapping[str, RoundOrder]) -> dict[str, SiloUpdate | Exception]:
+    def run_round(self, orders: Mapping[str, RoundOrder], deadline_s: float) -> dict[str, SiloUpdate | Exception]:
         self.orders += orders.values()
-        answers = super().run_round(orders)
+        answers = super().run_round(orders, deadline_s)
         self.updates += [answer for answer in answers.values() if isinstance(answer, SiloUpdate)]
         return answers
 
@@ -49,7 +49,7 @@ def run(
     job: Job, stop_after: int | None = None, pool: LocalPool | None = None
 ) -> tuple[RunState, list[dict[str, Any]]]:
     """Train with a new pool and a new store, as a new process would; the records on disk."""
-    store, control, pool = RunStore(job), Control(), pool or LocalPool(job)
+    store, control, pool = RunStore(job), Control(), pool or LocalPool()
 
     def stop(record: dict[str, Any]) -> None:
         if record["round"] == stop_after:
@@ -79,7 +79,7 @@ def finished(prepared, tmp_path_factory) -> Callable[[str], Finished]:
     @functools.cache
     def train_once(method: str) -> Finished:
         job = ready_job(prepared, tmp_path_factory.mktemp(method), method, rounds={"keep": 9})
-        pool = RecordingPool(job)
+        pool = RecordingPool()
         return Finished(job, pool, *run(job, pool=pool))
 
     return train_once
@@ -211,8 +211,8 @@ def test_a_run_killed_between_a_silo_s_snapshot_and_the_manifest_makes_the_round
         pass
 
     class KilledPool(LocalPool):
-        def run_round(self, orders: Mapping[str, RoundOrder]) -> dict[str, SiloUpdate | Exception]:
-            answers = super().run_round(orders)
+        def run_round(self, orders: Mapping[str, RoundOrder], deadline_s: float) -> dict[str, SiloUpdate | Exception]:
+            answers = super().run_round(orders, deadline_s)
             if next(iter(orders.values())).round == 1:
                 raise Killed
             return answers
@@ -221,7 +221,7 @@ def test_a_run_killed_between_a_silo_s_snapshot_and_the_manifest_makes_the_round
     whole, halves = tiny("spec", at="whole", inner=inner), tiny("spec", at="halves", inner=inner)
     state, records = run(whole)
     with pytest.raises(Killed):
-        run(halves, pool=KilledPool(halves))
+        run(halves, pool=KilledPool())
     resumed, resumed_records = run(halves)
     assert torch.equal(resumed.body, state.body)
     assert timeless(resumed_records) == timeless(records)
@@ -243,7 +243,7 @@ def test_a_run_that_went_back_a_round_by_hand_makes_it_again(tiny, method):
 def test_a_finished_run_only_scores_again(tiny):
     job = tiny("spec")
     _, records = run(job)
-    pool = RecordingPool(job)
+    pool = RecordingPool()
     _, again = run(job, pool=pool)
     assert timeless(again) == timeless(records)
     assert {order.steps for order in pool.orders} == {0}
@@ -339,7 +339,7 @@ def test_act_forgets_the_moments_of_its_tokens_and_of_nothing_else(finished):
 
 def test_a_silo_that_skipped_rounds_takes_the_rate_of_the_global_step(tiny):
     job = tiny("spec", rounds={"total": 6, "choose": 1}, inner={"optimizer_state": "keep"})
-    pool = RecordingPool(job)
+    pool = RecordingPool()
     state, records = run(job, pool=pool)
     orders = [order for order in pool.orders if order.steps]
     assert [order.first_step for order in orders] == [0, 4, 8, 12, 16, 20]

@@ -10,7 +10,7 @@ import torch
 
 from dept_ray.config import Job, parse_job
 from dept_ray.silo.hardware import Hardware
-from dept_ray.silo.inner import Trained, cosine, make_optimizer, train_steps
+from dept_ray.silo.inner import Schedule, Trained, cosine, make_optimizer, train_steps
 from dept_ray.silo.model import Body, Embedding, LanguageModel, Layout, flatten_parameters, initialise
 
 V, B, T = 40, 4, 16
@@ -45,8 +45,13 @@ class Bench:
         self.optimizer = make_optimizer(job, self.body, self.layout, grad, self.model.embedding)
 
     def train(self, batches: list[np.ndarray], micro_batch: int = B, **more: Any) -> Trained:
+        inner, scheduled = self.job.inner, {k: more.pop(k) for k in [*more] if k in Schedule.__dataclass_fields__}
+        schedule = Schedule(
+            **{"first_step": 0, "steps": len(batches), "total_steps": self.job.total_steps, "peak": inner.lr,
+               "warmup": inner.warmup_steps, "floor": inner.lr_floor} | scheduled
+        )  # fmt: skip
         settings: dict[str, Any] = {
-            "loss_of": self.model.loss, "first_step": 0, "steps": len(batches), "embedding_period": None,
+            "loss_of": self.model.loss, "schedule": schedule,
             "should_stop": lambda: False, "watch": lambda *args: None,
         }  # fmt: skip
         settings |= more

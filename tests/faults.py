@@ -1,0 +1,449 @@
+"""What goes wrong, at the moment it is told to: an injector that drives `LocalPool` through a whole ordeal.
+
+A `Faults` names what happens when; `endure` trains a job under it, starting a new process's worth of objects (pool,
+store, control) whenever the coordinator dies or the run ends with an error whose cause is then taken away. Each fault
+happens once. Nothing sleeps and nothing is drawn here: who wants chance draws the plan (tests/rounds/test_faults.py).
+
+`relive` trains the same job in the reference way: what was lost had simply not been chosen. It takes from the ledger of
+the ordeal who counted in each round and with how many steps, and from the change records what people asked for when.
+"""
+
+import errno
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dept_ray.config import Change, Job
+from dept_ray.draws import checksum
+from dept_ray.errors import QuorumLost, SiloError, StoreError
+from dept_ray.messages import RoundOrder, SiloUpdate
+from dept_ray.metrics import JsonLines, read_records
+from dept_ray.rounds import store as store_module
+from dept_ray.rounds import train as train_module
+from dept_ray.rounds.control import Control
+from dept_ray.rounds.pool import LocalPool, specs_of
+from dept_ray.rounds.state import RunState
+from dept_ray.rounds.store import RunStore, run_folder
+from dept_ray.rounds.train import train
+from dept_ray.silo import snapshot as snapshot_module
+from dept_ray.silo.silo import Silo
+
+Moment = tuple[int, int, str]
+"""(round, attempt, silo) of an order."""
+
+DEATHS = ("before", "within", "after")
+"""A silo dies before it trains, between two steps, or after its snapshot and before its answer."""
+POISONS = {
+    "nan": "not finite|loss: nan",
+    "noise": "times the round's median",
+    "hundredfold": "times the round's median",
+    "wrong round": "asked was",
+    "wrong shape": "asked was",
+    "duplicate": "asked was",
+    "empty": "trained no token",
+}
+"""What a liar sends, and what is said of it."""
+_TOO_LARGE = ("noise", "hundredfold")
+COORDINATOR_DEATHS = (
+    "before the orders", "before the outer step", "before any file", "before the manifest", "before the log line",
+    "within the log line", "after the log line", "after a change",
+)  # fmt: skip
+"""Commit steps; "after a change" is before the round in which it takes effect."""
+CORRUPTIONS = ("altered tensor", "truncated tensor", "missing tensor", "truncated manifest")
+
+MAX_LIVES = 12
+
+
+class CoordinatorDied(BaseException):
+    """The process is gone: nobody catches it."""
+
+
+@dataclass
+class Faults:
+    """A plan: what happens when. Rounds are an order's (0 is the first); what people ask and what disks do by round."""
+
+    dies_at: dict[Moment, str] = field(default_factory=dict)
+    """One of `DEATHS`."""
+    late_at: dict[Moment, int | None] = field(default_factory=dict)
+    """Steps that it hands in when it is asked to stop; None: it never answers and is made anew."""
+    poisons_at: dict[Moment, str] = field(default_factory=dict)
+    """One of `POISONS`."""
+    raises_at: set[Moment] = field(default_factory=set)
+    """An exception after the first step."""
+    absent_at: set[tuple[int, str]] = field(default_factory=set)
+    """It is being placed anew while that round begins."""
+    joins_at: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """The table of a source."""
+    drops_at: dict[int, str] = field(default_factory=dict)
+    returns_at: dict[int, str] = field(default_factory=dict)
+    sets_at: dict[int, tuple[str, Any]] = field(default_factory=dict)
+    coordinator_dies_at: dict[int, str] = field(default_factory=dict)
+    """One of `COORDINATOR_DEATHS`."""
+    disk_full_at: dict[int, str] = field(default_factory=dict)
+    """"run" or a silo's name, for all of the round."""
+    corrupts_at: dict[int, str] = field(default_factory=dict)
+    """After so many committed rounds someone stops the run and damages the newest: one of `CORRUPTIONS`."""
+
+    def changes(self, round: int) -> list[Change]:
+        """What people ask for once so many rounds are committed; each is asked once."""
+        asked: list[Change] = []
+        if round in self.joins_at:
+            asked.append({"add": self.joins_at.pop(round)})
+        if round in self.drops_at:
+            asked.append({"drop": self.drops_at.pop(round)})
+        if round in self.returns_at:
+            asked.append({"return": self.returns_at.pop(round)})
+        if round in self.sets_at:
+            key, value = self.sets_at.pop(round)
+            asked.append({"set": key, "to": value})
+        return asked
+
+
+class TracedPool(LocalPool):
+    """A `LocalPool` that knows its job and which batches each silo read for each order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: dict[Moment, list[str]] = {}
+        self.orders: dict[Moment, RoundOrder] = {}
+
+    def open(self, job: Job) -> None:
+        super().open(job)
+        self.job = job
+        for name in self.silos:
+            self._trace(name)
+
+    def add(self, job: Job, silo: str) -> None:
+        super().add(job, silo)
+        self.job = job
+        self._trace(silo)
+
+    def make_anew(self, name: str) -> None:
+        """Its process is gone, and with it all that was in memory."""
+        self.silos[name].stream.close()
+        self.silos[name] = Silo(self.job, specs_of(self.job)[name])
+        self._trace(name)
+
+    def run_round(self, orders: Mapping[str, RoundOrder], deadline_s: float) -> dict[str, SiloUpdate | Exception]:
+        self._asked = dict(orders)
+        self.orders |= {(order.round, order.attempt, name): order for name, order in orders.items() if order.steps}
+        return super().run_round(orders, deadline_s)
+
+    def between_steps(self, moment: Moment, steps: int) -> None:
+        """Called with the steps that were done, before the next one's batch is handed out."""
+
+    def _trace(self, name: str) -> None:
+        silo = self.silos[name]
+        batches = silo.stream.batches
+
+        def traced(position: dict[str, int], steps: int) -> Iterator[np.ndarray]:
+            order = self._asked[name]
+            moment = (order.round, order.attempt, name)
+            self.reads[moment] = []
+            for done, batch in enumerate(self._limited(moment, batches(position, steps))):
+                self.between_steps(moment, done)
+                self.reads[moment].append(checksum(np.ascontiguousarray(batch)))
+                yield batch
+
+        silo.stream.batches = traced
+
+    def _limited(self, moment: Moment, batches: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        return batches
+
+
+class FaultyPool(TracedPool):
+    """Silos that die, are late, raise and lie as planned; `lost` says of each order why its answer must not count."""
+
+    def __init__(self, faults: Faults, lost: dict[Moment, str], reads: dict[Moment, list[str]]) -> None:
+        super().__init__()
+        self.faults, self.lost, self.reads = faults, lost, reads
+        self.round = 0
+        self._last: dict[str, SiloUpdate] = {}
+
+    def ready(self) -> set[str]:
+        return super().ready() - {name for round, name in self.faults.absent_at if round == self.round}
+
+    def run_round(self, orders: Mapping[str, RoundOrder], deadline_s: float) -> dict[str, SiloUpdate | Exception]:
+        self._asked = dict(orders)
+        if not any(order.steps for order in orders.values()):
+            return super().run_round(orders, deadline_s)
+        for moment in [m for m in self.lost if m[:2] == (self.round, next(iter(orders.values())).attempt)]:
+            del self.lost[moment]  # of an earlier life, in which the same attempt was made
+        answers = {name: answer for name, order in orders.items() if (answer := self._obey(order)) is not None}
+        return self._poisoned(orders, answers)
+
+    def _obey(self, order: RoundOrder) -> SiloUpdate | Exception | None:
+        name, moment = order.silo, (order.round, order.attempt, order.silo)
+        self.orders[moment] = order
+        death = self.faults.dies_at.pop(moment, "")
+        mute = self.faults.late_at.get(moment, 0) is None
+        if death == "before":
+            self.make_anew(name)
+            return self._lose(moment, SiloError("ActorDied: before it trained"), "ActorDied")
+        self._dies_within = death == "within"
+        try:
+            answer = self.silos[name].obey(order)
+        except Exception as err:  # noqa: BLE001, as on Ray: whatever happens in a silo is an answer
+            if death:
+                self.make_anew(name)
+            return self._lose(moment, err, type(err).__name__)
+        if death == "after":
+            self.make_anew(name)
+            return self._lose(moment, SiloError("ActorDied: before it answered"), "ActorDied")
+        if mute:
+            del self.faults.late_at[moment]
+            self.make_anew(name)
+            return self._lose(moment, None, "no answer")
+        if not answer.tokens:
+            self.lost[moment] = "trained no token"
+        return answer
+
+    def _lose(self, moment: Moment, answer: Exception | None, word: str) -> Exception | None:
+        self.lost[moment] = word
+        return answer
+
+    def between_steps(self, moment: Moment, steps: int) -> None:
+        silo = self.silos[moment[2]]
+        if steps == 1 and moment in self.faults.raises_at:
+            self.faults.raises_at.discard(moment)
+            raise RuntimeError("out of memory")
+        if steps == 1 and self._dies_within:
+            raise SiloError("ActorDied: while it trained")
+        limit = self.faults.late_at.get(moment)
+        if limit is not None and steps == limit:
+            del self.faults.late_at[moment]
+            silo.stop(*moment[:2])
+
+    def _poisoned(
+        self, orders: Mapping[str, RoundOrder], answers: dict[str, SiloUpdate | Exception]
+    ) -> dict[str, SiloUpdate | Exception]:
+        lies = {moment: self.faults.poisons_at.pop(moment) for moment in self._moments(orders, answers)}
+        honest = {name: answer for name, answer in answers.items() if isinstance(answer, SiloUpdate)}
+        for moment, how in sorted(lies.items(), key=lambda lie: lie[1] in _TOO_LARGE):  # those last
+            fine = {name for name in honest if (*moment[:2], name) not in self.lost}
+            if how in _TOO_LARGE and (len(fine) < 3 or honest[moment[2]].body is None):
+                how = "nan"  # only a majority can tell what is too large
+            answers[moment[2]] = poisoned(honest[moment[2]], how, self._last.get(moment[2]))
+            self.lost[moment] = POISONS[how]
+        self._last |= honest
+        return answers
+
+    def _moments(self, orders: Mapping[str, RoundOrder], answers: Mapping[str, object]) -> list[Moment]:
+        """Of those who have an honest answer and are to lie."""
+        moments = [(order.round, order.attempt, name) for name, order in orders.items()]
+        return [m for m in moments if m in self.faults.poisons_at and m not in self.lost and m[2] in answers]
+
+
+def poisoned(update: SiloUpdate, how: str, last: SiloUpdate | None = None) -> SiloUpdate:
+    """A lie instead of an answer; where no array is sent the liar lies in the fields that are."""
+    arrays = {what: array for what in ("body", "rows") if (array := getattr(update, what)) is not None}
+    if how == "wrong round":
+        return replace(update, round=update.round - 1)
+    if how == "duplicate":
+        return last or replace(update, run="another")
+    if how == "empty":
+        return replace(update, tokens=0, steps=0, **{what: np.zeros_like(array) for what, array in arrays.items()})
+    if how == "wrong shape":
+        return replace(update, **{k: a[:-1] for k, a in arrays.items()}) if arrays else replace(update, silo="nobody")
+    if how == "nan":
+        lies = {what: array.copy() for what, array in arrays.items()}
+        for array in lies.values():
+            array.flat[-1] = np.nan
+        return replace(update, **lies) if lies else replace(update, loss=float("nan"))
+    if how == "hundredfold":
+        return replace(update, **{what: np.float32(100) * array for what, array in arrays.items()})
+    assert how == "noise", how
+    draw = np.random.default_rng(update.round)
+    lies = {}
+    for what, array in arrays.items():
+        noise = draw.standard_normal(array.shape).astype(np.float32)
+        lies[what] = noise * np.float32(100 * np.linalg.norm(array) / np.linalg.norm(noise))
+    return replace(update, **lies)
+
+
+@dataclass
+class Ordeal:
+    """What became of a run that was made to suffer."""
+
+    job: Job
+    state: RunState
+    records: list[dict[str, Any]]
+    lost: dict[Moment, str]
+    reads: dict[Moment, list[str]]
+    lives: int
+    errors: list[Exception]
+    asked: list[Change]
+
+    @property
+    def rounds(self) -> list[dict[str, Any]]:
+        """The records of committed rounds."""
+        return [record for record in self.records if record["event"] == "round"]
+
+
+def endure(job: Job, faults: Faults, patch: pytest.MonkeyPatch) -> Ordeal:
+    """Train a job to its end under a plan, with a new pool and a new store for every life."""
+    lost: dict[Moment, str] = {}
+    reads: dict[Moment, list[str]] = {}
+    errors: list[Exception] = []
+    asked: list[Change] = []
+    for life in range(1, MAX_LIVES):
+        control, pool = Control(), FaultyPool(faults, lost, reads)
+        with patch.context() as here:
+            try:
+                store = RunStore(job)
+                pool.round = max(store.rounds(), default=0)
+                _injure(here, job, pool, faults)
+                asked += _ask(control, faults, pool.round)
+                state = train(job, pool, store, _log(store, pool, faults, control, asked), control)
+            except CoordinatorDied:
+                continue
+            except QuorumLost as err:
+                errors.append(err)
+                faults.absent_at = {(r, name) for r, name in faults.absent_at if r != pool.round}
+                faults.disk_full_at.pop(pool.round, None)
+                continue
+            except StoreError as err:  # the disk of the run folder: someone makes room
+                if "No space left" not in str(err) or faults.disk_full_at.pop(pool.round, "") != "run":
+                    raise
+                errors.append(err)
+                continue
+            finally:
+                pool.close()
+        if pool.round in faults.corrupts_at and control.stopping:
+            _corrupt(job, pool.round, faults.corrupts_at.pop(pool.round))
+            continue
+        return Ordeal(job, state, read_records(store.metrics), lost, reads, life, errors, asked)
+    raise AssertionError(f"the run did not end within {MAX_LIVES} lives: {errors}")
+
+
+def relive(ordeal: Ordeal, job: Job, patch: pytest.MonkeyPatch) -> Ordeal:
+    """The reference run: only those are chosen who counted, and they train as many steps as counted."""
+    rounds = {record["round"] - 1: record for record in ordeal.rounds}
+    changes = [record for record in ordeal.records if record["event"] == "change" and "refused" not in record]
+    control, store, pool = Control(), RunStore(job), _ReferencePool(rounds)
+
+    def ask(round: int) -> None:
+        for record in changes:
+            if record["round"] == round:
+                control.change(record["change"])
+
+    def log(record: dict[str, Any]) -> None:
+        JsonLines(store.metrics)(record)
+        if record["event"] == "round":
+            ask(record["round"])
+
+    ask(0)
+    with patch.context() as here:
+        here.setattr(train_module, "choose", lambda job, present, round: sorted(rounds[round]["silos"]))
+        try:
+            state = train(job, pool, store, log, control)
+        finally:
+            pool.close()
+    return Ordeal(job, state, read_records(store.metrics), {}, pool.reads, 1, [], [])
+
+
+class _ReferencePool(TracedPool):
+    """Each silo's text of a round ends after the steps that counted in the ordeal; nobody is asked to stop."""
+
+    def __init__(self, rounds: dict[int, dict[str, Any]]) -> None:
+        super().__init__()
+        self.rounds = rounds
+
+    def _limited(self, moment: Moment, batches: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        return islice(batches, self.rounds[moment[0]]["silos"][moment[2]]["steps"])
+
+
+# ------------------------------------------------------------------------------------------------ the coordinator
+def _ask(control: Control, faults: Faults, round: int) -> list[Change]:
+    changes = faults.changes(round)
+    for change in changes:
+        control.change(change)
+    return changes
+
+
+def _log(
+    store: RunStore, pool: FaultyPool, faults: Faults, control: Control, asked: list[Change]
+) -> Callable[[dict[str, Any]], None]:
+    lines = JsonLines(store.metrics)
+
+    def log(record: dict[str, Any]) -> None:
+        if record["event"] == "round":
+            how = faults.coordinator_dies_at.get(pool.round, "")
+            if how in ("before the log line", "within the log line", "after the log line"):
+                del faults.coordinator_dies_at[pool.round]
+                line = {"before": "", "within": json.dumps(record)[:60]}.get(how.split()[0])
+                with open(store.metrics, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n" if line is None else line)
+                raise CoordinatorDied(how)
+        lines(record)
+        if record["event"] == "change" and faults.coordinator_dies_at.get(pool.round) == "after a change":
+            raise CoordinatorDied(faults.coordinator_dies_at.pop(pool.round))
+        if record["event"] == "round":
+            faults.disk_full_at.pop(pool.round, None)
+            pool.round = record["round"]
+            asked.extend(_ask(control, faults, pool.round))
+            if pool.round in faults.corrupts_at:
+                control.stop()
+
+    return log
+
+
+def _injure(patch: pytest.MonkeyPatch, job: Job, pool: FaultyPool, faults: Faults) -> None:
+    """Let the plan act where the coordinator orders and where files are written."""
+    write, order = store_module.write_atomically, pool.run_round
+    rounds = run_folder(job) / "rounds"
+
+    def write_of_run(path: Path, data: Any) -> None:
+        how = faults.coordinator_dies_at.get(pool.round, "") if path.is_relative_to(rounds) else ""
+        before = how == "before any file" or (how == "before the manifest" and path.name == "manifest.json")
+        if before:
+            raise CoordinatorDied(faults.coordinator_dies_at.pop(pool.round))
+        if path.is_relative_to(rounds) and faults.disk_full_at.get(pool.round) == "run":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, data)
+
+    def write_of_silo(path: Path, data: Any) -> None:
+        if faults.disk_full_at.get(pool.round) == path.parent.parent.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, data)
+
+    def run_round(orders: Mapping[str, RoundOrder], deadline_s: float) -> dict[str, SiloUpdate | Exception]:
+        how = faults.coordinator_dies_at.get(pool.round, "")
+        training = any(order.steps for order in orders.values())
+        if training and how == "before the orders":
+            raise CoordinatorDied(faults.coordinator_dies_at.pop(pool.round))
+        answers = order(orders, deadline_s)
+        if training and how == "before the outer step":
+            raise CoordinatorDied(faults.coordinator_dies_at.pop(pool.round))
+        return answers
+
+    patch.setattr(store_module, "write_atomically", write_of_run)
+    patch.setattr(snapshot_module, "write_atomically", write_of_silo)
+    patch.setattr(pool, "run_round", run_round)
+
+
+def _corrupt(job: Job, round: int, how: str) -> None:
+    """Damage the newest round; see that it is told, and how to go on; do so."""
+    folder = run_folder(job) / "rounds" / f"{round:06d}"
+    tensors = sorted(folder.glob("*.safetensors"))
+    file = folder / "manifest.json" if how == "truncated manifest" or not tensors else tensors[0]
+    blob = bytearray(file.read_bytes())
+    if how == "missing tensor" and tensors:
+        file.unlink()
+    elif how == "altered tensor" and tensors:
+        blob[-1] ^= 1
+        file.write_bytes(blob)
+    else:
+        file.write_bytes(blob[: len(blob) // 2])
+    pool = LocalPool()
+    with pytest.raises(StoreError, match=rf"{file}.*restore it, or delete .*to go back a round"):
+        train(job, pool, RunStore(job), lambda record: None, Control())
+    pool.close()
+    shutil.rmtree(folder)
