@@ -394,7 +394,8 @@ LIVE_KEYS = frozenset(
     {
         "inner.local_steps", "inner.lr", "outer.lr", "outer.momentum", "outer.rows_lr", "outer.rows_momentum",
         "rounds.total", "rounds.choose", "rounds.score_every",
-        *(f"faults.{key}" for key in FaultsSection.model_fields),
+        "faults.quorum", "faults.attempts", "faults.failures", "faults.deadline_mads", "faults.deadline_floor_s",
+        "faults.deadline_cap_s", "faults.norm_limit", "faults.norm_policy", "faults.newcomer_steps",
     }
 )  # fmt: skip
 """What `dept-ray set` may change in a run; all else decides what the run *is*."""

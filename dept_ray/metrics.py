@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dept_ray.errors import StoreError
+
 Record = dict[str, Any]
 Sink = Callable[[Record], None]
 
@@ -32,8 +34,11 @@ class JsonLines:
         self.path = path
 
     def __call__(self, record: Record) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(finite(record), allow_nan=False) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(finite(record), allow_nan=False) + "\n")
+        except OSError as err:
+            raise StoreError(f"{self.path} cannot be written ({err}); no round is lost: free space, run again") from err
 
 
 def finite(value: Any) -> Any:

@@ -109,7 +109,7 @@ def document(source: str, number: int) -> str:
 
 
 def an_answer(
-    silo: str, tokens: int = 1, body: Any = None, rows: Any = None, *, order: RoundOrder | None = None, **more: Any
+    silo: str, tokens: int = 8, body: Any = None, rows: Any = None, *, order: RoundOrder | None = None, **more: Any
 ) -> SiloUpdate:
     """A silo's answer without a silo: to `order`, or to an order of round 0 that names nothing."""
     fence = (order.run, order.round, order.attempt, order.fingerprint) if order else ("tiny", 0, 0, "")

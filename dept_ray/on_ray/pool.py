@@ -60,8 +60,9 @@ class RayPool:
         deadline = time.monotonic() + job.faults.start_timeout_s
         while self._opening and time.monotonic() < deadline:
             self._settle(_LOOK_EVERY_S)
-            if self._failed:
-                raise next(iter(self._failed.values()))
+            joined = {source.name for source in job.sources if source.joined}
+            if missing := self._failed.keys() - joined:  # one that joined, and cannot, was never needed
+                raise self._failed[min(missing)]
         if not self._cards:
             wishes = {name: resources_of(job, name) for name in self._opening}
             asked = "; ".join(f"{n}: {w.num_gpus:g} GPUs, {w.num_cpus:g} CPUs, {w.labels}" for n, w in wishes.items())

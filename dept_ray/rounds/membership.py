@@ -60,7 +60,7 @@ def judge(job: Job, orders: Mapping[str, RoundOrder], answers: Mapping[str, Silo
     accepted, refused = {}, {}
     for name in sorted(orders):
         answer = answers.get(name)
-        reason = refusal(orders[name], answer)
+        reason = refusal(orders[name], answer) or _overstated(job, orders[name], answer)
         if reason is None and isinstance(answer, SiloUpdate):
             accepted[name] = answer
         else:
@@ -94,6 +94,14 @@ def refusal(order: RoundOrder, answer: "SiloUpdate | Exception | None") -> str |
         if reason is not None:
             return reason
     return None
+
+
+def _overstated(job: Job, order: RoundOrder, answer: "SiloUpdate | Exception | None") -> str | None:
+    """Whether a silo claims other tokens than its steps are worth: they are its weight in the mean."""
+    if not isinstance(answer, SiloUpdate) or not order.steps:
+        return None
+    worth = answer.steps * job.inner.batch_size * job.inner.context
+    return None if answer.tokens == worth else f"claims {answer.tokens} tokens for {answer.steps} steps, worth {worth}"
 
 
 def _misfit(what: str, sent: np.ndarray | None, back: np.ndarray | None) -> str | None:

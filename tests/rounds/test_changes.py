@@ -77,10 +77,9 @@ def changes_of(records: list[dict[str, Any]]) -> list[tuple[int, Change]]:
 VALUES: dict[str, Any] = {
     "inner.local_steps": 1, "inner.lr": 1e-3, "outer.lr": 0.3, "outer.momentum": 0.1, "outer.rows_lr": 0.3,
     "outer.rows_momentum": 0.1, "rounds.total": 3, "rounds.choose": 1, "rounds.score_every": 1,
-    "faults.quorum": 1.0, "faults.attempts": 1, "faults.failures": 1, "faults.start_timeout_s": 1.0,
-    "faults.patience_s": 1.0, "faults.deadline_mads": 1.0, "faults.deadline_floor_s": 1.0,
-    "faults.deadline_cap_s": 500.0,
-    "faults.grace_s": 1.0, "faults.norm_limit": 2.0, "faults.norm_policy": "clip", "faults.newcomer_steps": 1,
+    "faults.quorum": 1.0, "faults.attempts": 1, "faults.failures": 1, "faults.deadline_mads": 1.0,
+    "faults.deadline_floor_s": 1.0, "faults.deadline_cap_s": 500.0, "faults.norm_limit": 2.0,
+    "faults.norm_policy": "clip", "faults.newcomer_steps": 1,
 }  # fmt: skip
 
 
