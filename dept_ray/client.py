@@ -225,10 +225,11 @@ def prepare(job: Job, address: str | None = None, report: Report = silent, local
     kind = "own" if method_of(job).vocabulary == "own" else "global"
     run_all = run_here
     if not local:
-        from dept_ray.on_ray.cluster import connect
+        from dept_ray.on_ray.cluster import check_room, connect
         from dept_ray.on_ray.ingest import ray_data_runner
 
         connect(address, silos=len(job.sources))
+        check_room(job)  # a task for labels that no node has would wait for ever
         run_all = ray_data_runner(job)
     try:
         prepare_text(job, kind, run_all, report)

@@ -76,13 +76,24 @@ def _check_reachable(address: str) -> None:
 
 
 def check_room(job: Job) -> None:
-    """Refuse what the cluster can never hold: a silo larger than every node, or more GPUs at once than there are.
+    """Refuse what the cluster cannot hold: unknown labels, a silo larger than every node, more GPUs than there are.
+
+    Counts the nodes that are there now; what an autoscaler could still bring, it does not know.
 
     Raises:
         ClusterError: with what was asked and what there is.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     wanted = {silo: resources_of(job, silo) for silo in silos_of(job)}
+    labels = [node.get("Labels") or {} for node in ray.nodes() if node["Alive"]]
+    for silo, resources in wanted.items():
+        # Only plain values: Ray also knows "!a" and "in(a, b)".
+        plain = {key: value for key, value in resources.labels.items() if not value.startswith(("!", "in("))}
+        if not any(plain.items() <= have.items() for have in labels):
+            raise ClusterError(
+                f"silo {silo} asks for resources.labels = {resources.labels}, but no node of the cluster has them: "
+                "start a node with these labels, or mend them in the job file"
+            )
     for what, key in (("num_gpus", "GPU"), ("num_cpus", "CPU")):
         largest = max((node.get(key, 0.0) for node in nodes), default=0.0)
         total = sum(node.get(key, 0.0) for node in nodes)

@@ -171,6 +171,8 @@ def test_what_is_wrong_is_said_before_anything_is_spent(tiny: Make, ray_here: No
         Run.start(tiny("spec", name="gpus", resources={"num_gpus": 2}))
     with pytest.raises(ClusterError, match=r"ask for 9 of resources\.num_cpus, but the cluster has 4"):
         Run.start(tiny("spec", name="cpus", resources={"num_cpus": 3}))
+    with pytest.raises(ClusterError, match=r"labels = {'region': 'mars'}, but no node"):
+        Run.start(tiny("spec", name="labels", resources={"labels": {"region": "mars"}}))
     job = tiny("spec", name="mine", at="mine")
     run = Run.start(job)
     run.follow(QUIET)
