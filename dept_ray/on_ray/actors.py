@@ -98,7 +98,7 @@ class CoordinatorActor:
         phase = "paused" if self.phase == "training" and self.control.paused else self.phase
         hardware = {name: card.hardware for name, card in self.pool.cards.items()}
         return RunStatus(
-            run=self.job.name, phase=phase, round=max(rounds, default=0), rounds=self.job.rounds.total,
+            run=self.job.name, phase=phase, round=max(rounds, default=0), rounds=self.asked.rounds.total,
             error=self.error, silos=self.pool.statuses(), hardware=hardware, num_records=len(self.records),
             pid=os.getpid(),
         )  # fmt: skip
@@ -144,8 +144,12 @@ class CoordinatorActor:
             board = TensorBoard(store.folder / "tensorboard")
             log = Log(JsonLines(store.metrics), board, self.records.append)
             self.phase = "training"
-            state = train(self.job, self.pool, store, log, self.control)
-            phase, error = ("finished" if state.round == self.job.rounds.total else "stopped"), ""
+            train(self.job, self.pool, store, log, self.control)
+            # Its closing scores say that it is finished: how many rounds there are may have been changed meanwhile.
+            phase, error = (
+                ("finished" if self.records[-1:] and self.records[-1]["event"] == "scores" else "stopped"),
+                "",
+            )
         except DeptError as err:
             phase, error = "failed", f"{type(err).__name__}: {err}"
         except Exception:  # noqa: BLE001 - a bug must reach the user, not die with this thread

@@ -17,7 +17,7 @@ import time
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -48,6 +48,7 @@ class RunStore:
     def __init__(self, job: Job) -> None:
         self.job, self.folder = job, run_folder(job)
         self._corpora: dict[str, str] = {}  # also of silos that are not here now
+        self._lock: IO[str] | None = None
         try:
             (self.folder / "rounds").mkdir(parents=True, exist_ok=True)
             if self.rounds():  # before that nothing can be lost, and a job that was wrong is mended in place
@@ -83,19 +84,23 @@ class RunStore:
         Raises:
             RunError: it is in progress elsewhere.
         """
-        self._lock = open(self.folder / "lock", "a")  # noqa: SIM115 - its lifetime is the point
+        lock = open(self.folder / "lock", "a")  # noqa: SIM115 - its lifetime is the point
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            lock.close()
             raise RunError(f"run {self.job.name} is in progress ({in_progress(self.folder)})") from None
+        self._lock = lock
         about = {"pid": os.getpid(), "host": platform.node(), **where}
         write_atomically(self.folder / "live.json", json.dumps(about).encode())
         (self.folder / "error.txt").unlink(missing_ok=True)
 
     def let_go(self) -> None:
-        """The run is not in progress any more."""
-        (self.folder / "live.json").unlink(missing_ok=True)
-        self._lock.close()
+        """The run is not in progress any more; nothing, where it never was here."""
+        if self._lock is not None:
+            (self.folder / "live.json").unlink(missing_ok=True)
+            self._lock.close()
+            self._lock = None
 
     @property
     def metrics(self) -> Path:

@@ -129,6 +129,7 @@ def test_hands_on_a_live_run(tiny: Make, started: Callable[..., Run], tmp_path: 
     until(lambda: any("sums" in r["silos"] for r in run.history() if r["event"] == "round"))
     run.set("rounds.total", run.status().round + 2)
     until(lambda: run.status().over)
+    assert run.status().phase == "finished"
     records = run.history()
     assert records[-1]["event"] == "scores"
     assert sorted(records[-1]["scores"]) == ["code", "latin", "numbers", "sums"]

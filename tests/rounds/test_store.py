@@ -219,6 +219,7 @@ def test_a_run_is_in_progress_once(job):
     first.hold(address="here:1")
     with pytest.raises(RunError, match=r"is in progress .*here:1"):
         second.hold()
+    second.let_go()  # who never held it takes nothing away
     assert in_progress(first.folder)["address"] == "here:1"
     first.let_go()
     second.hold()
