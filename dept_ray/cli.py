@@ -10,6 +10,7 @@ import click
 
 from dept_ray import __version__
 from dept_ray.errors import DeptError
+from dept_ray.method_names import METHOD_NAMES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
     from dept_ray.client import Report, Run
     from dept_ray.config import Job
 
-METHODS = ("glob", "trim", "spec", "spec-opt", "std", "act", "isolated")
-method_option = click.option("--method", type=click.Choice(METHODS), help="Instead of the job's own.")
+method_option = click.option("--method", type=click.Choice(METHOD_NAMES), help="Instead of the job's own.")
 live_address = click.option("--address", help="The cluster that the run is on (default: the one its folder names).")
+now_option = click.option("--now", is_flag=True, help="Its silos hand in what they have, instead of all their steps.")
 address_option = click.option("--address", help="Ray cluster to join (default: RAY_ADDRESS, else a local Ray).")
 
 
@@ -97,7 +98,7 @@ def status(run: str, address: str | None, watch: bool) -> None:
     import time
 
     from dept_ray.client import Run
-    from dept_ray.console import live_table, round_line
+    from dept_ray.console import ledger_table, live_table, round_line
 
     console = _console()
     handle = Run.open(run)
@@ -115,6 +116,8 @@ def status(run: str, address: str | None, watch: bool) -> None:
         console.print(now.error, markup=False)
     for record in records[-5:]:
         console.print(round_line(record), highlight=False)
+    for record in [record for record in records if record["event"] == "round"][-1:]:
+        console.print(ledger_table(record))
 
 
 # ------------------------------------------------------------------------------------------------ hands on a live run
@@ -127,9 +130,10 @@ def _live(run: str, address: str | None) -> "Run":
 @main.command()
 @click.argument("run")
 @live_address
-def pause(run: str, address: str | None) -> None:
+@now_option
+def pause(run: str, address: str | None, now: bool) -> None:
     """Hold RUN after the round in progress."""
-    _live(run, address).pause()
+    _live(run, address).pause(now)
     click.echo("it holds after the round in progress: dept-ray resume, or dept-ray step")
 
 
@@ -155,10 +159,21 @@ def step(run: str, rounds: int, address: str | None) -> None:
 @main.command()
 @click.argument("run")
 @live_address
-def stop(run: str, address: str | None) -> None:
+@now_option
+def stop(run: str, address: str | None, now: bool) -> None:
     """End RUN after the round in progress is committed; `dept-ray train` goes on with it."""
-    _live(run, address).stop()
+    _live(run, address).stop(now)
     click.echo("it ends after the round in progress is committed")
+
+
+@main.command()
+@click.argument("run")
+@live_address
+@now_option
+def checkpoint(run: str, address: str | None, now: bool) -> None:
+    """Keep the round of RUN that is in progress for good (while it is held, the last one)."""
+    folder = _live(run, address).checkpoint(now)
+    click.echo(f"it is kept, once it is committed, in {folder}; to go back to it, delete the rounds after it")
 
 
 @main.command()
@@ -167,7 +182,7 @@ def stop(run: str, address: str | None) -> None:
 @live_address
 def add(run: str, source_file: str, address: str | None) -> None:
     """Let the source that SOURCE_FILE describes (one [[sources]] table) join RUN between two rounds."""
-    from dept_ray.config import load_source
+    from dept_ray.jobfile import load_source
 
     change = load_source(source_file)
     _live(run, address).add(change)
@@ -268,7 +283,7 @@ def _console() -> "Console":
 
 
 def _load(job_file: str, method: str | None) -> "Job":
-    from dept_ray.config import load_job
+    from dept_ray.jobfile import load_job
 
     return load_job(job_file, **({"method": method} if method else {}))
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dept_ray.config import Change, Job
+from dept_ray.config import Job
 from dept_ray.errors import ConfigError, RunError, StoreError
-from dept_ray.messages import RunStatus
+from dept_ray.messages import Change, RunStatus
 from dept_ray.metrics import JsonLines, Log, Record, TensorBoard, read_records
 
 if TYPE_CHECKING:
@@ -149,14 +149,29 @@ class Run:
         """All records; their fields are told in `rounds.ledger`."""
         return read_records(self.folder / "metrics.jsonl")
 
-    def stop(self) -> None:
-        """End after the round in progress is committed."""
+    def stop(self, now: bool = False) -> None:
+        """End after the round in progress is committed; `now`: its silos hand in what they have."""
         if self._coordinator is not None:
             self._coordinator.stop()
+            self._hurry(now)
 
-    def pause(self) -> None:
-        """Hold after the round in progress."""
+    def pause(self, now: bool = False) -> None:
+        """Hold after the round in progress; `now`: its silos hand in what they have."""
         self._live().pause()
+        self._hurry(now)
+
+    def checkpoint(self, now: bool = False) -> Path:
+        """Keep the round in progress for good or, while the run is held, the last one.
+
+        Args:
+            now: its silos hand in what they have.
+
+        Returns:
+            Where it is, once it is committed.
+        """
+        round = self._live().checkpoint()
+        self._hurry(now)
+        return self.folder / "rounds" / f"{round:06d}"
 
     def resume(self) -> None:
         """Go on after a pause."""
@@ -175,7 +190,7 @@ class Run:
         self._live().change({"set": key, "to": value})
 
     def add(self, source: Change) -> None:
-        """Let a source join (see `config.load_source`): prepared in the background, it enters between two rounds."""
+        """Let a source join (see `jobfile.load_source`): prepared in the background, it enters between two rounds."""
         self._live().change(source)
 
     def drop(self, silo: str) -> None:
@@ -185,6 +200,10 @@ class Run:
     def bring_back(self, silo: str) -> None:
         """Let a silo that was dropped, or set aside, take part again."""
         self._live().change({"return": silo})
+
+    def _hurry(self, now: bool) -> None:
+        if now:
+            self._live().hand_in()
 
     def _live(self) -> "Coordinator":
         if self._coordinator is None:

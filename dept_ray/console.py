@@ -89,6 +89,31 @@ def round_line(record: Record) -> Text:
     return Text("\n".join(lines))
 
 
+def ledger_table(record: Record) -> Table:
+    """Who did what in a round: one line a silo, in 80 columns."""
+    table = figure_table(
+        f"ledger of round {record['round']}",
+        "silo", "steps", "loss", "norm", "cosine", "bytes\ndown", "bytes\nup", "train\ns", "send\ns", "wait\ns",
+    )  # fmt: skip
+    for name, silo in record["silos"].items():
+        seconds = silo.get("seconds", {})
+        table.add_row(
+            name, str(silo["steps"]), f"{silo['loss']:.3f}", _number(silo.get("norm") or math.nan, 2),
+            _number(silo["cosine"] if silo.get("cosine") is not None else math.nan, 2),
+            human(silo["down_bytes"]), human(silo["up_bytes"]),
+            *(_number(seconds.get(what, math.nan), 1) for what in ("train", "send", "wait")),
+        )  # fmt: skip
+    told = [f"{name} left out: {reason}" for name, reason in record["refused"].items()]
+    told += [
+        f"{name} left out of attempt {each['attempt'] + 1}: {reason}"
+        for each in record.get("failed", [])
+        for name, reason in each["refused"].items()
+    ]
+    told += [f"{name} away: {reason}" for name, reason in record.get("away", {}).items()]
+    table.caption = "\n".join(told) or None
+    return table
+
+
 def _label(word: str, record: Record) -> str:
     return f"{word:<6}{record['round']:>5}".ljust(_INDENT)
 

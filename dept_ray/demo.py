@@ -9,11 +9,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dept_ray.config import Job, parse_job
+from dept_ray.config import Job
 from dept_ray.console import figure_table, human
+from dept_ray.jobfile import parse_job
 from dept_ray.metrics import Record
 from dept_ray.rounds.methods import METHODS, Method, method_of
-from dept_ray.study.plan import Plan, plan_job
+from dept_ray.study.costs import Plan
+from dept_ray.study.plan import plan_job
 
 OWN_VOCABULARY = 1024
 GLOBAL_VOCABULARY = 4096

@@ -16,6 +16,8 @@
 Each message names the key or file, the value found, and the remedy. All errors pickle: they cross processes.
 """
 
+import difflib
+
 
 class DeptError(Exception):
     """Something the user can mend; the command line prints the message alone, without a traceback."""
@@ -63,3 +65,17 @@ class QuorumLost(RunError):
 
 class ClusterError(DeptError):
     """Ray cannot be reached, or can never hold what the job asks for."""
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """The end of a message about an unknown word: what may have been meant, or else all that is known.
+
+    >>> nearest("laers", ["width", "layers"])
+    '; did you mean layers?'
+    >>> nearest("zzzz", ["width", "layers"])
+    '; known: layers, width'
+    >>> nearest("zzzz", [])
+    ''
+    """
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(known))}" if known else ""

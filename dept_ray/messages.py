@@ -6,6 +6,7 @@ in both directions: no row of an embedding is ever in a message.
 """
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -50,7 +51,7 @@ class SiloCard:
 class RoundOrder:
     """What a silo is asked to do: go from a snapshot, take the shared parts, train (or only score), answer.
 
-    `(run, round, attempt)` is the fence: an answer that does not carry it back is refused.
+    `(run, round, life, attempt)` is the fence: an answer that does not carry it back is refused.
     """
 
     run: str
@@ -67,6 +68,10 @@ class RoundOrder:
     """Inner steps to train; 0 only scores."""
     score: bool
     """Whether to score validation before training."""
+    life: int = 0
+    """How often the run was taken up again: an order of a coordinator that died is none."""
+    keep: tuple[str, ...] = ()
+    """Snapshots of this silo that a kept round names: never to be pruned."""
     lr: float = 0.0
     """Peak of the cosine."""
     total_steps: int = 1
@@ -96,6 +101,7 @@ class SiloUpdate:
     fingerprint: str
     """Of the body that the silo started from."""
     steps: int
+    """Inner steps really made."""
     tokens: int
     """Tokens really trained this round: the weight w_k (equation 4)."""
     position: dict[str, int]
@@ -103,11 +109,13 @@ class SiloUpdate:
     """Name of the snapshot written before this answer; None where the order only scored."""
     loss: float
     """Mean training cross-entropy over the round, nats per token; nan where nothing was trained."""
+    life: int = 0
     scores: dict[str, Score] = field(default_factory=dict)
     """Validation per source, measured before training; empty where not asked."""
     epochs: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-    """Wall seconds by what was done: load, score, train, save."""
+    """Wall seconds by what was done: load, score, train, save; its pool adds send (on the way, both ways) and wait (for
+    the round's last answer)."""
     body_norm: float = 0.0
     """L2 norm of the body's delta."""
     body: np.ndarray | None = None
@@ -131,6 +139,10 @@ class SiloStatus:
     loss: float = float("nan")
     """Latest mean training loss that was read, nats per token."""
     tokens_per_s: float = 0.0
+    node: str = ""
+    """Ray's id of the node that it is on; empty in process, or while it has no place."""
+    pid: int = 0
+    """Its process, for an operator who wants to look, or to kill."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +160,8 @@ class SiloSpec:
     """Draw the token embedding anew at the start of each round (ACT)."""
     threads: int = 1
     """CPU threads to train with."""
+    compile: bool = False
+    """Whether forward and loss are compiled."""
     gpu: bool = False
     """Whether it trains on a GPU: where resources.num_gpus > 0."""
 
@@ -176,3 +190,8 @@ class RunStatus:
     def over(self) -> bool:
         """Whether nothing more will happen."""
         return self.phase not in ("starting", "training", "paused")
+
+
+Change = dict[str, Any]
+"""What people ask the coordinator to change, one of:
+{"set": key, "to": value}, {"add": source as plain values}, {"drop": name}, {"return": name}."""

@@ -1,8 +1,14 @@
 """What many tests share: the tiny job's text, prepared once per session under each kind of vocabulary."""
 
-from collections.abc import Callable
+import gc
+import importlib
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+# Before numpy is loaded: a thread of its own that waits for the next product takes a core of its own.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -16,6 +22,22 @@ from dept_ray.config import Job
 def _one_thread() -> None:
     """Threads that wait for each other on a shared machine make the smallest test take seconds."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_disks() -> Iterator[None]:
+    """What survives a power cut is asked nowhere, and the tests write many thousands of files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _modules_are_no_garbage() -> None:
+    """Each full collection would look through all that the libraries hold anew, about a fifth of a second."""
+    importlib.import_module("torch._dynamo")  # which the first optimizer needs
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

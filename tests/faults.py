@@ -20,15 +20,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dept_ray.config import Change, Job
+from dept_ray.config import Job
 from dept_ray.draws import checksum
 from dept_ray.errors import QuorumLost, SiloError, StoreError
-from dept_ray.messages import RoundOrder, SiloUpdate
+from dept_ray.messages import Change, RoundOrder, SiloUpdate
 from dept_ray.metrics import JsonLines, read_records
 from dept_ray.rounds import store as store_module
 from dept_ray.rounds import train as train_module
 from dept_ray.rounds.control import Control
-from dept_ray.rounds.pool import LocalPool, specs_of
+from dept_ray.rounds.pool import Deadline, LocalPool, specs_of
 from dept_ray.rounds.state import RunState
 from dept_ray.rounds.store import RunStore, run_folder
 from dept_ray.rounds.train import train
@@ -114,27 +114,29 @@ class TracedPool(LocalPool):
         self.reads: dict[Moment, list[str]] = {}
         self.orders: dict[Moment, RoundOrder] = {}
 
-    def open(self, job: Job) -> None:
-        super().open(job)
+    def open(self, job: Job, first: Job) -> None:
+        super().open(job, first)
         self.job = job
         for name in self.silos:
             self._trace(name)
 
     def add(self, job: Job, silo: str) -> None:
+        known = silo in self.silos
         super().add(job, silo)
         self.job = job
-        self._trace(silo)
+        if not known:
+            self._trace(silo)
 
     def make_anew(self, name: str) -> None:
         """Its process is gone, and with it all that was in memory."""
         self.silos[name].stream.close()
-        self.silos[name] = Silo(self.job, specs_of(self.job)[name])
+        self.silos[name] = Silo(self.job, specs_of(self.job, self.first)[name])
         self._trace(name)
 
-    def run_round(self, orders: Mapping[str, RoundOrder], deadline_s: float) -> dict[str, SiloUpdate | Exception]:
+    def run_round(self, orders: Mapping[str, RoundOrder], deadline: Deadline) -> dict[str, SiloUpdate | Exception]:
         self._asked = dict(orders)
         self.orders |= {(order.round, order.attempt, name): order for name, order in orders.items() if order.steps}
-        return super().run_round(orders, deadline_s)
+        return super().run_round(orders, deadline)
 
     def between_steps(self, moment: Moment, steps: int) -> None:
         """Called with the steps that were done, before the next one's batch is handed out."""
@@ -170,10 +172,10 @@ class FaultyPool(TracedPool):
     def ready(self) -> set[str]:
         return super().ready() - {name for round, name in self.faults.absent_at if round == self.round}
 
-    def run_round(self, orders: Mapping[str, RoundOrder], deadline_s: float) -> dict[str, SiloUpdate | Exception]:
+    def run_round(self, orders: Mapping[str, RoundOrder], deadline: Deadline) -> dict[str, SiloUpdate | Exception]:
         self._asked = dict(orders)
         if not any(order.steps for order in orders.values()):
-            return super().run_round(orders, deadline_s)
+            return super().run_round(orders, deadline)
         for moment in [m for m in self.lost if m[:2] == (self.round, next(iter(orders.values())).attempt)]:
             del self.lost[moment]  # of an earlier life, in which the same attempt was made
         answers = {name: answer for name, order in orders.items() if (answer := self._obey(order)) is not None}
@@ -259,12 +261,12 @@ def poisoned(update: SiloUpdate, how: str, last: SiloUpdate | None = None) -> Si
         return replace(update, **lies) if lies else replace(update, loss=float("nan"))
     if how == "hundredfold":
         return replace(update, **{what: np.float32(100) * array for what, array in arrays.items()})
-    assert how == "noise", how
+    size = {"noise": 100, "quiet noise": 1}[how]
     draw = np.random.default_rng(update.round)
     lies = {}
     for what, array in arrays.items():
         noise = draw.standard_normal(array.shape).astype(np.float32)
-        lies[what] = noise * np.float32(100 * np.linalg.norm(array) / np.linalg.norm(noise))
+        lies[what] = noise * np.float32(size * np.linalg.norm(array) / np.linalg.norm(noise))
     return replace(update, **lies)
 
 
@@ -414,12 +416,12 @@ def _injure(patch: pytest.MonkeyPatch, job: Job, pool: FaultyPool, faults: Fault
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, data)
 
-    def run_round(orders: Mapping[str, RoundOrder], deadline_s: float) -> dict[str, SiloUpdate | Exception]:
+    def run_round(orders: Mapping[str, RoundOrder], deadline: Deadline) -> dict[str, SiloUpdate | Exception]:
         how = faults.coordinator_dies_at.get(pool.round, "")
         training = any(order.steps for order in orders.values())
         if training and how == "before the orders":
             raise CoordinatorDied(faults.coordinator_dies_at.pop(pool.round))
-        answers = order(orders, deadline_s)
+        answers = order(orders, deadline)
         if training and how == "before the outer step":
             raise CoordinatorDied(faults.coordinator_dies_at.pop(pool.round))
         return answers

@@ -9,7 +9,17 @@ import pytest
 from rich.console import Console, RenderableType
 
 import dept_ray.console as module
-from dept_ray.console import duration, hardware_line, human, live_table, round_line, score_table, seconds_left, watch
+from dept_ray.console import (
+    duration,
+    hardware_line,
+    human,
+    ledger_table,
+    live_table,
+    round_line,
+    score_table,
+    seconds_left,
+    watch,
+)
 from dept_ray.demo import demo_job, introduction, summary
 from dept_ray.messages import RunStatus, SiloStatus
 from dept_ray.rounds.methods import METHODS
@@ -248,3 +258,21 @@ def test_the_demo_s_tables_fit_80_columns(method, tmp_path):
 def test_the_demo_tells_when_it_was_stopped_early(tmp_path):
     assert "stopped before its last round" in shown(summary(demo_job(None, str(tmp_path)), [a_round(1)]))
     assert "stopped before its last round" in shown(summary(demo_job(None, str(tmp_path)), []))
+
+
+def test_the_ledger_of_a_round_says_who_did_what_and_why_another_did_not():
+    record = a_round(7, TEN, refused={"urdu": "body: not finite"}, away={"greek": "dropped"})
+    record["failed"] = [{"attempt": 0, "refused": {"hindi": "no answer"}}]
+    for silo in record["silos"].values():
+        silo |= {"norm": 12.345, "cosine": -0.271, "seconds": {"train": 3599.4, "send": 12.3, "wait": 0.04}}
+    text = shown(ledger_table(record))
+    assert max(map(len, text.splitlines())) <= 80
+    (line,) = (line for line in text.splitlines() if line.startswith("indonesian"))
+    figures = ["100", "3.210", "12.35", "-0.27", "3.00M", "3.00M", "3599.4", "12.3", "0.0"]
+    assert line.split() == ["indonesian", *figures]
+    for told in (
+        "urdu left out: body: not finite", "hindi left out of attempt 1: no answer", "greek away: dropped",
+    ):  # fmt: skip
+        assert told in text
+    stayed_home = {**record["silos"]["urdu"], "norm": 0.0, "cosine": None}
+    assert "urdu" in shown(ledger_table({**record, "silos": {"urdu": stayed_home}}))

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from dept_ray import demo
 from dept_ray.client import train_here
-from dept_ray.config import METHOD_NAMES
+from dept_ray.method_names import METHOD_NAMES
 from dept_ray.metrics import Record
 from dept_ray.rounds.methods import METHODS
 

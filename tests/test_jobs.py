@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from dept_ray.client import train_here
-from dept_ray.config import METHOD_NAMES, load_job
+from dept_ray.jobfile import load_job
+from dept_ray.method_names import METHOD_NAMES
 from dept_ray.metrics import Record
 from dept_ray.rounds.methods import METHODS
 from dept_ray.study.plan import plan_job

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 
 from dept_ray.client import prepare
-from dept_ray.config import Job, parse_job
+from dept_ray.config import Job
 from dept_ray.draws import generator
+from dept_ray.jobfile import parse_job
 from dept_ray.messages import RoundOrder, SiloCard, SiloUpdate
+from dept_ray.silo.snapshot import snapshot_name
 
 SOURCES = ("code", "latin", "numbers")
 DOCUMENTS, HELD_OUT = 60, 3
@@ -84,7 +86,8 @@ def document(source: str, number: int) -> str:
     draw = generator("tiny", source, number)
 
     def pick(words: str) -> str:
-        return str(draw.choice(words.split()))
+        several = words.split()
+        return several[draw.integers(len(several))]
 
     def pieces() -> Iterator[str]:
         while True:
@@ -112,13 +115,17 @@ def an_answer(
     silo: str, tokens: int = 8, body: Any = None, rows: Any = None, *, order: RoundOrder | None = None, **more: Any
 ) -> SiloUpdate:
     """A silo's answer without a silo: to `order`, or to an order of round 0 that names nothing."""
-    fence = (order.run, order.round, order.attempt, order.fingerprint) if order else ("tiny", 0, 0, "")
-    values: dict[str, Any] = dict(zip(("run", "round", "attempt", "fingerprint"), fence, strict=True)) | {
-        "silo": silo, "steps": 1, "tokens": tokens, "position": {silo: tokens}, "snapshot": "000000-0", "loss": 1.0,
+    fence = (order.run, order.round, order.life, order.attempt, order.fingerprint) if order else ("tiny", 0, 0, 0, "")
+    values: dict[str, Any] = dict(zip(("run", "round", "life", "attempt", "fingerprint"), fence, strict=True)) | {
+        "silo": silo, "steps": 1, "tokens": tokens, "loss": 1.0,
         "body": None if body is None else np.asarray(body, np.float32),
         "rows": None if rows is None else np.asarray(rows, np.float32),
     }  # fmt: skip
-    return SiloUpdate(**values | more)
+    values |= more
+    began = order.position.get(silo, 0) if order else 0
+    values.setdefault("position", {silo: began + values["steps"]})
+    values.setdefault("snapshot", snapshot_name(*(values[key] for key in ("round", "life", "attempt"))))
+    return SiloUpdate(**values)
 
 
 def a_card(silo: str, owned: list[int] | None = None, vocabulary: int = 0) -> SiloCard:

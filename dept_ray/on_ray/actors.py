@@ -5,6 +5,7 @@ below. The silo's `control` group answers while it trains. The coordinator train
 so one that Ray restarts goes on from the last committed round by itself.
 """
 
+import asyncio
 import os
 import threading
 import traceback
@@ -14,12 +15,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import ray
 
-from dept_ray.config import Change, Job
-from dept_ray.errors import DeptError, ShardError, SiloError, StoreError
-from dept_ray.messages import RoundOrder, RunStatus, SiloCard, SiloSpec, SiloStatus, SiloUpdate
+from dept_ray.config import Job
+from dept_ray.errors import DeptError, RunError, ShardError, SiloError, StoreError
+from dept_ray.messages import Change, RoundOrder, RunStatus, SiloCard, SiloSpec, SiloStatus, SiloUpdate
 from dept_ray.metrics import JsonLines, Log, Record, TensorBoard
-from dept_ray.rounds.changes import check_change
+from dept_ray.rounds.changes import changed, check_change
 from dept_ray.rounds.control import Control
+from dept_ray.rounds.pool import MakeSilo
 from dept_ray.rounds.store import RunStore, run_folder
 
 if TYPE_CHECKING:
@@ -29,16 +31,17 @@ if TYPE_CHECKING:
 class SiloActor:
     """One silo in a process of its own. It opens when asked for its card, so that what is wrong comes back whole."""
 
-    def __init__(self, job: str, spec: SiloSpec) -> None:
-        self.job, self.spec = Job.model_validate_json(job), spec
+    def __init__(self, job: str, spec: SiloSpec, make: MakeSilo) -> None:
+        self.job, self.spec, self.make = Job.model_validate_json(job), spec, make
+        self.node = ray.get_runtime_context().get_node_id()
         self.silo: Silo | None = None
 
     def card(self) -> SiloCard:
         from dept_ray.on_ray.streaming import RayReader
-        from dept_ray.silo.silo import Silo, open_corpora
+        from dept_ray.silo.silo import open_corpora
 
         reader = RayReader(open_corpora(self.job, self.spec), self.job.inner.context)
-        self.silo = Silo(self.job, self.spec, read=reader)
+        self.silo = self.make(self.job, self.spec, read=reader)
         return self.silo.card()
 
     @ray.method(num_returns=3)
@@ -60,12 +63,8 @@ class SiloActor:
 
     @ray.method(concurrency_group="control")
     def status(self) -> SiloStatus:
-        return self.silo.status if self.silo is not None else SiloStatus(self.spec.silo, "opening")
-
-    @ray.method(concurrency_group="control")
-    def pid(self) -> int:
-        """Its process, for an operator who wants to look, or to kill."""
-        return os.getpid()
+        status = self.silo.status if self.silo is not None else SiloStatus(self.spec.silo, "opening")
+        return replace(status, node=self.node, pid=os.getpid())
 
     @ray.method(concurrency_group="control")
     def stop(self, round: int, attempt: int) -> None:
@@ -86,11 +85,11 @@ class CoordinatorActor:
         from dept_ray.on_ray.pool import RayPool
 
         self.job, self.leave = Job.model_validate_json(job), leave
-        self.control, self.pool = Control(), RayPool(cores)
+        again = ray.get_runtime_context().was_current_actor_reconstructed
+        self.control, self.pool = Control(bool(again)), RayPool(cores)
         self.phase, self.error = "starting", ""
         self.records: list[Record] = []
-        self.asked = self.job
-        """The job with all changes that were asked for so far."""
+        self._asked_for: tuple[list[Change], Job] = ([], self.job)
         threading.Thread(target=self._run, name="rounds", daemon=True).start()
 
     async def status(self) -> RunStatus:
@@ -98,7 +97,7 @@ class CoordinatorActor:
         phase = "paused" if self.phase == "training" and self.control.paused else self.phase
         hardware = {name: card.hardware for name, card in self.pool.cards.items()}
         return RunStatus(
-            run=self.job.name, phase=phase, round=max(rounds, default=0), rounds=self.asked.rounds.total,
+            run=self.job.name, phase=phase, round=max(rounds, default=0), rounds=self._asked().rounds.total,
             error=self.error, silos=self.pool.statuses(), hardware=hardware, num_records=len(self.records),
             pid=os.getpid(),
         )  # fmt: skip
@@ -113,24 +112,62 @@ class CoordinatorActor:
 
     async def pause(self) -> None:
         """Hold after the round in progress."""
+        await self._open_to_asking()
         self.control.pause()
+
+    async def checkpoint(self) -> int:
+        """Keep the round in progress, or the last one, for good; its number.
+
+        Raises:
+            RunError: there is none yet.
+        """
+        await self._open_to_asking()
+        return self.control.checkpoint()
+
+    async def hand_in(self) -> None:
+        """End the round in progress now, with what its silos have."""
+        if not self.control.paused:
+            self.pool.hand_in()
 
     async def resume(self) -> None:
         """Go on."""
+        await self._open_to_asking()
         self.control.resume()
 
-    async def step(self, rounds: int) -> None:
-        """Let so many rounds through, then hold."""
-        self.control.step(rounds)
+    async def step(self, rounds: int, request: str) -> None:
+        """Let so many rounds through, then hold; `request` is the asker's own, in case it must ask twice."""
+        await self._open_to_asking()
+        self.control.step(rounds, request)
 
-    async def change(self, change: Change) -> None:
+    async def change(self, change: Change, request: str) -> None:
         """Ask for a change, which is made between two rounds.
 
         Raises:
             ConfigError: it cannot be made; nothing was asked for.
         """
-        self.asked = check_change(self.asked, change)
-        self.control.change(change)
+        await self._open_to_asking()
+        if not self.control.knows(request):
+            check_change(self._asked(), change)
+            self.control.change(change, request)
+
+    def _asked(self) -> Job:
+        """The job with all changes that were made, and those that were asked for and are not made yet."""
+        made = [r["change"] for r in self.records if r["event"] == "change" and "refused" not in r]
+        changes = [*made, *self.control.pending]
+        if self._asked_for[0] != changes:
+            self._asked_for = (changes, changed(self.job, changes))
+        return self._asked_for[1]
+
+    async def _open_to_asking(self) -> None:
+        """Wait until what is asked is kept.
+
+        Raises:
+            RunError: the run is over.
+        """
+        while self.phase == "starting":
+            await asyncio.sleep(0.01)
+        if self.phase != "training":
+            raise RunError(f"run {self.job.name} is {self.phase}: nothing can be asked of it; start it again")
 
     def _run(self) -> None:
         from dept_ray.rounds.train import train
@@ -140,7 +177,8 @@ class CoordinatorActor:
             store = RunStore(self.job)
             store.hold(address=ray.get_runtime_context().gcs_address)
             self.records = store.history()
-            self.asked = self.job.changed(store.changes())
+            stands = store.stands()
+            self.control.begin(stands.round, stands.heard, store)
             board = TensorBoard(store.folder / "tensorboard")
             log = Log(JsonLines(store.metrics), board, self.records.append)
             self.phase = "training"

@@ -6,6 +6,7 @@ import socket
 import warnings
 
 import ray
+from ray._private.state import state as cluster_state
 
 from dept_ray.config import Job
 from dept_ray.errors import ClusterError
@@ -57,6 +58,12 @@ def connect(address: str | None = None, silos: int = 0, outlive: bool = False) -
 def connected() -> bool:
     """Whether this process is on a cluster already."""
     return ray.is_initialized()
+
+
+def leaving_nodes() -> set[str]:
+    """Ids of nodes that were told to go: a preemption notice, a drain. No new work is placed on them."""
+    # The one place where Ray tells it; its own trainer asks the same.
+    return set(cluster_state.get_draining_nodes())
 
 
 def _check_reachable(address: str) -> None:

@@ -2,18 +2,19 @@
 
 import os
 from typing import Any
+from uuid import uuid4
 
 import ray
 from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from dept_ray.config import Change, Job
+from dept_ray.config import Job
 from dept_ray.errors import ClusterError
-from dept_ray.messages import RunStatus
+from dept_ray.messages import Change, RunStatus
 from dept_ray.metrics import Record
 from dept_ray.on_ray.actors import CoordinatorActor
 from dept_ray.on_ray.cluster import NAMESPACE
-from dept_ray.on_ray.pool import explain
+from dept_ray.on_ray.places import explain
 
 
 def _name(run: str) -> str:
@@ -35,7 +36,7 @@ class Coordinator:
         """
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         try:
-            # Its methods only read or set a flag, so Ray may ask again after a restart.
+            # Ray asks again after a restart; what must not act twice carries an id of its own.
             remote: Any = ray.remote(CoordinatorActor)
             actor = remote.options(
                 num_cpus=0, max_restarts=-1, max_task_retries=-1, name=_name(job.name), namespace=NAMESPACE,
@@ -72,6 +73,14 @@ class Coordinator:
         """End after the round in progress is committed."""
         self._ask("stop")
 
+    def checkpoint(self) -> int:
+        """Keep the round in progress, or the last one, for good; its number."""
+        return self._ask("checkpoint")
+
+    def hand_in(self) -> None:
+        """End the round in progress now, with what its silos have."""
+        self._ask("hand_in")
+
     def pause(self) -> None:
         """Hold after the round in progress."""
         self._ask("pause")
@@ -82,7 +91,7 @@ class Coordinator:
 
     def step(self, rounds: int) -> None:
         """Let so many rounds through, then hold."""
-        self._ask("step", rounds)
+        self._ask("step", rounds, uuid4().hex)
 
     def change(self, change: Change) -> None:
         """Ask for a change.
@@ -90,7 +99,7 @@ class Coordinator:
         Raises:
             ConfigError: it cannot be made in a run.
         """
-        self._ask("change", change)
+        self._ask("change", change, uuid4().hex)
 
     def kill(self) -> None:
         """End now; the last committed round stands."""

@@ -18,6 +18,7 @@ from ray.data import DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 from ray.data.extensions import ArrowTensorArray
 
+from dept_ray.on_ray.cluster import leaving_nodes
 from dept_ray.on_ray.quiet import quiet_ray_data
 from dept_ray.text.shards import Corpus, ShardFile, Shards
 
@@ -69,15 +70,17 @@ class RayReader:
 
     def __init__(self, corpora: Mapping[str, Corpus], context: int) -> None:
         self.corpora, self.context = corpora, context
-        self.here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+        self.node = ray.get_runtime_context().get_node_id()
         quiet_ray_data()
 
     def __call__(self, source: str, blocks: np.ndarray) -> np.ndarray:
         """(n,) block numbers -> (n, T + 1) tokens, in this order."""
+        if self.node in leaving_nodes():  # which takes no task any more; what is here can still be read
+            return self.corpora[source].train.read(blocks, self.context)
         dataset = ray.data.read_datasource(
             TokenBlocks(self.corpora[source].train, blocks, self.context),
             override_num_blocks=-(-len(blocks) // _BLOCKS_PER_TASK),
-            label_selector=self.here,
+            label_selector={"ray.io/node-id": self.node},
         )
         batches = dataset.iter_batches(batch_size=None, batch_format="numpy")
         return np.concatenate([np.asarray(batch["tokens"]) for batch in batches])

@@ -1,15 +1,18 @@
 """What people asked for, made true between two rounds, and put on record.
 
 A key that is set and a source that is added change the job; a silo that is dropped or returns changes who is there. All
-of it is part of the state, so a resumed run has the same job and the same silos.
+of it is part of the state, so a resumed run has the same job (`changed`) and the same silos.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from dept_ray.config import Change, Job
-from dept_ray.errors import ConfigError, DeptError
+from dept_ray.config import Job
+from dept_ray.errors import ConfigError, DeptError, nearest
+from dept_ray.jobfile import parse_job
+from dept_ray.messages import Change
 from dept_ray.metrics import Sink
 from dept_ray.rounds.control import Control
 from dept_ray.rounds.methods import method_of, silos_of
@@ -17,6 +20,27 @@ from dept_ray.rounds.pool import SiloPool
 from dept_ray.rounds.state import RunState, SiloRecord
 
 DROPPED = "dropped"
+
+LIVE_KEYS = frozenset(
+    {
+        "inner.local_steps", "inner.lr", "outer.lr", "outer.momentum", "outer.rows_lr", "outer.rows_momentum",
+        "rounds.total", "rounds.choose", "rounds.score_every",
+        "faults.quorum", "faults.attempts", "faults.failures", "faults.deadline_mads", "faults.deadline_floor_s",
+        "faults.deadline_cap_s", "faults.norm_limit", "faults.norm_policy", "faults.newcomer_steps",
+    }
+)  # fmt: skip
+"""What `dept-ray set` may change in a run; all else decides what the run *is*."""
+
+
+def changed(job: Job, changes: Sequence[Change]) -> Job:
+    """The job after changes that people made while it ran, in their order.
+
+    Raises:
+        ConfigError: a key cannot be changed in a run, or its value is wrong.
+    """
+    for change in changes:
+        job = _changed(job, change)
+    return job
 
 
 def check_change(job: Job, change: Change) -> Job:
@@ -30,7 +54,7 @@ def check_change(job: Job, change: Change) -> Job:
         raise ConfigError(f'no silo "{name}" in run {job.name}; known: {", ".join(silos_of(job))}')
     if "add" in change and method_of(job).mixed:
         raise ConfigError(f"run {job.name} trains one silo on a mixture: a source cannot join it; start another run")
-    return job.changed([change])
+    return changed(job, [change])
 
 
 def obey_people(job: Job, state: RunState, pool: SiloPool, log: Sink, control: Control) -> tuple[Job, RunState]:
@@ -39,20 +63,26 @@ def obey_people(job: Job, state: RunState, pool: SiloPool, log: Sink, control: C
     Returns:
         The job in force, and the state with the changes on record.
     """
-    control.wait_for_turn()
+    if state.round < job.rounds.total:
+        control.wait_for_turn()
     for change in control.take_changes():
+        state = replace(state, heard=state.heard + 1)
         try:
-            changed = check_change(job, change)
-            if changed.rounds.total <= state.round:
+            wanted = check_change(job, change)
+            if change.get("set") == "rounds.total" and wanted.rounds.total <= state.round:
                 raise ConfigError(
-                    f"rounds.total = {changed.rounds.total}: round {state.round} is committed; stop the run"
+                    f"rounds.total = {wanted.rounds.total}: round {state.round} is committed; stop the run"
                 )
-            if "add" in change:
-                pool.add(changed, change["add"]["name"])
+            if "drop" in change and not set(silos_of(job)) - _away(state) - {change["drop"]}:
+                raise ConfigError(
+                    f"{change['drop']} is the last silo that works: let another join or return first, or stop the run"
+                )
+            if name := change.get("return") or change.get("add", {}).get("name"):
+                pool.add(wanted, name)
         except DeptError as err:  # asked for in good order, but another change came first, or the source has no text
             log(_record(job, state, change, refused=str(err)))
             continue
-        job = changed
+        job = wanted
         if "drop" in change:
             state = _with(job, state, change["drop"], away=DROPPED)
         elif "return" in change:
@@ -68,6 +98,24 @@ def with_newcomers(state: RunState, pool: SiloPool) -> RunState:
     cards = pool.cards
     new = {name: SiloRecord(position=dict.fromkeys(cards[name].sources, 0)) for name in new}
     return replace(state, silos=dict(sorted({**state.silos, **new}.items()))) if new else state
+
+
+def _away(state: RunState) -> set[str]:
+    return {name for name, silo in state.silos.items() if silo.away}
+
+
+def _changed(job: Job, change: Change) -> Job:
+    """The job after one change. Dropping and returning change who is there, not the job."""
+    values = job.model_dump(mode="json")
+    if "set" in change:
+        key, value = change["set"], change["to"]
+        if key not in LIVE_KEYS:
+            raise ConfigError(f"{key} cannot be changed in a run{nearest(key, sorted(LIVE_KEYS))}")
+        section, name = key.split(".")
+        values[section][name] = value
+    elif "add" in change:
+        values["sources"].append({**change["add"], "joined": True})
+    return parse_job(values, where=f"run {job.name}")
 
 
 def _with(job: Job, state: RunState, silo: str, **changes: Any) -> RunState:

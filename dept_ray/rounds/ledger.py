@@ -5,10 +5,12 @@ A record of event "round" has
     run, round (1 is the first), attempt, time (ISO 8601), seconds
     step        global inner steps so far            tokens      trained so far, all silos
     loss        mean training loss of the round, nats per token, weighted by tokens
-    sent_bytes  {down, up}: of this round's orders and updates
+    sent_bytes  {down, up}: of this round's orders and answers, those of failed attempts and refused silos too
     silos       by silo: tokens, steps, loss, epochs by source, norm and cosine (to the mean) of the body's delta,
-                down_bytes, up_bytes, seconds {load, score, train, save}
+                down_bytes, up_bytes, seconds {load, score, train, save, send (on the way, both ways),
+                wait (for the round's last answer)}
     refused     by silo: why its answer did not count
+    failed      attempts before this one that found no quorum: a list of {attempt, refused}; absent if none
     away        by silo: why it takes no part (dropped, set aside, or it could not be made)
     scores      by source, measured *before* this round's training: of the state after `round` - 1; absent if not due:
                 loss, perplexity, bits_per_byte, unigram_bits_per_byte, normalised, tokens, text_bytes
@@ -16,7 +18,7 @@ A record of event "round" has
                 (all sources as one text)
 
 A record of event "change" has run, round (the last one committed), time, `change` (what people asked for: see
-`config.Change`), and `refused` where another change made it impossible. The last line of a finished run, of event
+`messages.Change`), and `refused` where another change made it impossible. The last line of a finished run, of event
 "scores", has run, round, time, scores, mean and refused of the final state. A source without validation text has no
 scores; where there are none at all, `mean` holds nan.
 """
@@ -24,6 +26,7 @@ scores; where there are none at all, `mean` holds nan.
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,42 +38,73 @@ from dept_ray.rounds.state import RunState
 from dept_ray.silo import score as figures
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """One try of a round, as it goes on record."""
+
+    number: int
+    verdict: Verdict
+    down_bytes: dict[str, int]
+    up_bytes: dict[str, int]
+
+    @classmethod
+    def of(
+        cls, orders: Mapping[str, RoundOrder], answers: Mapping[str, "SiloUpdate | Exception"], verdict: Verdict
+    ) -> "Attempt":
+        """Counts what was sent, whether it counted or not."""
+        up = {name: payload_bytes(answer) for name, answer in answers.items() if isinstance(answer, SiloUpdate)}
+        down = {name: payload_bytes(order) for name, order in orders.items()}
+        return cls(next(iter(orders.values())).attempt, verdict, down, up)
+
+    @property
+    def lost(self) -> "Attempt":
+        """Without the answers, which hold a body each, of a quorum that was not."""
+        return replace(self, verdict=replace(self.verdict, accepted={}))
+
+
 def round_record(
-    job: Job, before: RunState, after: RunState, orders: Mapping[str, RoundOrder], verdict: Verdict, seconds: float
+    job: Job, before: RunState, after: RunState, attempts: Sequence[Attempt], seconds: float
 ) -> dict[str, Any]:
-    """The record of a committed round."""
+    """The record of a committed round: of its last attempt, and what those before it cost."""
+    last, verdict = attempts[-1], attempts[-1].verdict
     updates = verdict.accepted
     tokens = sum(u.tokens for u in updates.values())
     moved = None
     if before.body is not None and after.body is not None:
         moved = after.body.numpy() - before.body.numpy()
-    silos = {name: _silo(orders[name], update, moved) for name, update in updates.items()}
+    silos = {name: _silo(last.down_bytes[name], update, moved) for name, update in updates.items()}
     record: dict[str, Any] = {
         "event": "round",
         "run": job.name,
         "round": after.round,
-        "attempt": next(iter(orders.values())).attempt,
+        "attempt": last.number,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "seconds": round(seconds, 3),
         "step": after.step,
         "tokens": sum(silo.tokens for silo in after.silos.values()),
         "loss": sum(u.loss * u.tokens for u in updates.values()) / tokens,
         "sent_bytes": {
-            "down": sum(payload_bytes(order) for order in orders.values()),
-            "up": sum(payload_bytes(update) for update in updates.values()),
+            "down": sum(sum(attempt.down_bytes.values()) for attempt in attempts),
+            "up": sum(sum(attempt.up_bytes.values()) for attempt in attempts),
         },
         "silos": silos,
         "refused": verdict.refused,
         "away": {name: silo.away for name, silo in after.silos.items() if silo.away},
     }
+    if len(attempts) > 1:
+        record["failed"] = [{"attempt": a.number, "refused": a.verdict.refused} for a in attempts[:-1]]
     scores = {source: score for update in updates.values() for source, score in update.scores.items()}
     return {**record, **scores_record(scores)} if scores else record
 
 
 def past_seconds(history: Sequence[Mapping[str, Any]], rounds: int = 20) -> list[float]:
-    """Seconds that silos took for whole rounds, over the last rounds: what a deadline is drawn from."""
+    """Seconds from a silo's order to its answer, over the last rounds: what a deadline is drawn from."""
     last = [record for record in history if record["event"] == "round"][-rounds:]
-    return [sum(silo["seconds"].values()) for record in last for silo in record["silos"].values()]
+    return [
+        sum(s for what, s in silo["seconds"].items() if what != "wait")
+        for record in last
+        for silo in record["silos"].values()
+    ]
 
 
 def final_record(
@@ -110,7 +144,7 @@ def payload_bytes(message: "RoundOrder | SiloUpdate") -> int:
     return sum(array.nbytes for array in (message.body, message.rows) if array is not None)
 
 
-def _silo(order: RoundOrder, update: SiloUpdate, moved: np.ndarray | None) -> dict[str, Any]:
+def _silo(down_bytes: int, update: SiloUpdate, moved: np.ndarray | None) -> dict[str, Any]:
     return {
         "tokens": update.tokens,
         "steps": update.steps,
@@ -118,7 +152,7 @@ def _silo(order: RoundOrder, update: SiloUpdate, moved: np.ndarray | None) -> di
         "epochs": {source: round(epochs, 4) for source, epochs in update.epochs.items()},
         "norm": update.body_norm,
         "cosine": _cosine(update.body, moved),
-        "down_bytes": payload_bytes(order),
+        "down_bytes": down_bytes,
         "up_bytes": payload_bytes(update),
         "seconds": {what: round(s, 3) for what, s in update.seconds.items()},
     }

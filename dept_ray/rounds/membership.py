@@ -1,8 +1,8 @@
 """Who works in a round, how long it may take, and whether it counts: facts in, decision out; no clock, no cluster.
 
-An answer is accepted only if it is the answer to *this* order: run, round, attempt, the body it started from, the
-shapes that were asked for, finite values and loss, at least one token trained, and a body delta no larger than so many
-times the round's median. Everything else is refused with a reason, on record.
+An answer is accepted only if it is the answer to *this* order: run, round, life, attempt, the body it started from,
+the shapes that were asked for, finite values and loss, one step at least, tokens and a position that its steps account
+for, and deltas no larger than so many times the round's median. Else it is refused with a reason, on record.
 """
 
 import math
@@ -16,6 +16,7 @@ from dept_ray.config import FaultsSection, Job
 from dept_ray.draws import generator
 from dept_ray.messages import RoundOrder, SiloUpdate
 from dept_ray.rounds.state import SiloRecord
+from dept_ray.silo.snapshot import snapshot_name
 
 
 def members(silos: Mapping[str, SiloRecord], ready: Iterable[str]) -> list[str]:
@@ -31,16 +32,24 @@ def choose(job: Job, present: Iterable[str], round: int) -> list[str]:
     return sorted(names[i] for i in drawn)
 
 
-def deadline_s(faults: FaultsSection, past_s: Sequence[float]) -> float:
-    """Seconds a round may take: median + k * MAD of the silos' past seconds, between floor and cap.
+def deadline_s(faults: FaultsSection, past_s: Sequence[float], asked: int = 0, took_s: Sequence[float] = ()) -> float:
+    """Seconds a round may take: median + k * MAD of what silos took, between floor and cap.
+
+    Args:
+        faults: k, floor and cap.
+        past_s: what they took in past rounds.
+        asked: silos that work in this round.
+        took_s: what those that have answered took in it. Without a past, most of them speak for it; fewer say nothing,
+            and the cap holds.
 
     >>> deadline_s(FaultsSection(deadline_floor_s=1, deadline_mads=2), [100, 110, 130])
     130.0
     """
-    if not past_s:
+    known = past_s or (took_s if 2 * len(took_s) > asked else ())
+    if not known:
         return faults.deadline_cap_s
-    middle = median(past_s)
-    spread = median(abs(s - middle) for s in past_s)
+    middle = median(known)
+    spread = median(abs(s - middle) for s in known)
     wanted = max(middle + faults.deadline_mads * spread, faults.deadline_floor_s)
     return float(min(wanted, faults.deadline_cap_s))
 
@@ -60,7 +69,7 @@ def judge(job: Job, orders: Mapping[str, RoundOrder], answers: Mapping[str, Silo
     accepted, refused = {}, {}
     for name in sorted(orders):
         answer = answers.get(name)
-        reason = refusal(orders[name], answer) or _overstated(job, orders[name], answer)
+        reason = refusal(orders[name], answer) or _unaccounted(job, orders[name], answer)
         if reason is None and isinstance(answer, SiloUpdate):
             accepted[name] = answer
         else:
@@ -77,10 +86,12 @@ def refusal(order: RoundOrder, answer: "SiloUpdate | Exception | None") -> str |
         return "no answer"
     if isinstance(answer, Exception):
         return f"{type(answer).__name__}: {answer}"
-    asked = (order.run, order.silo, order.round, order.attempt, order.fingerprint)
-    given = (answer.run, answer.silo, answer.round, answer.attempt, answer.fingerprint)
+    asked = (order.run, order.silo, order.round, order.life, order.attempt, order.fingerprint)
+    given = (answer.run, answer.silo, answer.round, answer.life, answer.attempt, answer.fingerprint)
     if asked != given:
         return f"answers {given}, asked was {asked}"
+    if strange := answer.scores.keys() - order.position.keys():
+        return f"scores {', '.join(sorted(strange))}, which it does not train on"
     if not order.steps:
         return None
     if answer.tokens <= 0:
@@ -96,12 +107,18 @@ def refusal(order: RoundOrder, answer: "SiloUpdate | Exception | None") -> str |
     return None
 
 
-def _overstated(job: Job, order: RoundOrder, answer: "SiloUpdate | Exception | None") -> str | None:
-    """Whether a silo claims other tokens than its steps are worth: they are its weight in the mean."""
+def _unaccounted(job: Job, order: RoundOrder, answer: "SiloUpdate | Exception | None") -> str | None:
+    """Whether a silo claims other than its steps are worth: tokens (its weight in the mean), text, its snapshot."""
     if not isinstance(answer, SiloUpdate) or not order.steps:
         return None
-    worth = answer.steps * job.inner.batch_size * job.inner.context
-    return None if answer.tokens == worth else f"claims {answer.tokens} tokens for {answer.steps} steps, worth {worth}"
+    blocks = answer.steps * job.inner.batch_size
+    if answer.tokens != blocks * job.inner.context:
+        return f"claims {answer.tokens} tokens for {answer.steps} steps, worth {blocks * job.inner.context}"
+    moved = {source: answer.position.get(source, 0) - at for source, at in order.position.items()}
+    if answer.position.keys() != order.position.keys() or min(moved.values()) < 0 or sum(moved.values()) != blocks:
+        return f"stands at {answer.position} after {answer.steps} steps from {order.position}, worth {blocks} blocks"
+    expected = snapshot_name(order.round, order.life, order.attempt)
+    return None if answer.snapshot == expected else f"names snapshot {answer.snapshot}, asked was {expected}"
 
 
 def _misfit(what: str, sent: np.ndarray | None, back: np.ndarray | None) -> str | None:
@@ -118,19 +135,28 @@ def _misfit(what: str, sent: np.ndarray | None, back: np.ndarray | None) -> str 
 def _bound_norms(faults: FaultsSection, accepted: dict[str, SiloUpdate], refused: dict[str, str]) -> None:
     """Refuse or scale down deltas much larger than the round's median; the norms are measured here, not believed.
 
-    Body and rows are bounded alike. With two silos there is no majority to say which one is wrong: nothing is bounded.
+    Body and rows are bounded alike. One who made more steps than another may have gone as many times further, and one
+    who owns more rows has a longer vector of them. With two silos there is no majority to say which one is wrong:
+    nothing is bounded.
     """
+    steps = {name: update.steps for name, update in accepted.items()}
     for what in ("body", "rows"):
-        norms = {k: _norm(getattr(u, what)) for k, u in accepted.items() if getattr(u, what) is not None}
-        moved = [norm for norm in norms.values() if norm > 0]  # newcomers with a frozen body say nothing of size
+        deltas = {k: delta for k, u in accepted.items() if (delta := getattr(u, what)) is not None}
+        norms = {k: _norm(delta) for k, delta in deltas.items()}
+        # Newcomers with a frozen body say nothing of size.
+        moved = [k for k, norm in norms.items() if norm > 0 and steps[k]]
         if len(moved) < 3:
             continue
-        middle = median(moved)
         for name, norm in norms.items():
+            more = {
+                k: max(1.0, steps[name] / steps[k]) * max(1.0, math.sqrt(len(deltas[name]) / len(deltas[k])))
+                for k in moved
+            }
+            middle = median(norms[k] * more[k] for k in moved)
             if norm <= faults.norm_limit * middle:
                 continue
             if faults.norm_policy == "clip":  # to the median: at the limit one liar would still outweigh all others
-                scaled = getattr(accepted[name], what) * np.float32(middle / norm)
+                scaled = deltas[name] * np.float32(middle / norm)
                 accepted[name] = replace(accepted[name], **{what: scaled})
             else:
                 refused[name] = f"{what}: norm {norm:.3g} is over {faults.norm_limit:g} times the round's median"

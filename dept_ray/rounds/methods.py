@@ -18,6 +18,7 @@ from typing import Literal
 
 from dept_ray.config import Job
 from dept_ray.errors import ConfigError
+from dept_ray.method_names import MethodName
 
 Vocabulary = Literal["global", "trimmed", "own"]
 ShareRows = Literal["none", "owned", "all"]
@@ -30,7 +31,7 @@ MIXTURE = "mixture"
 class Method:
     """One row of the table; the module docstring says what each fact means."""
 
-    name: str
+    name: MethodName
     vocabulary: Vocabulary
     share_body: bool
     share_rows: ShareRows

@@ -5,16 +5,24 @@ the silos one after the other in this process, with the same bits as a cluster, 
 """
 
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from dept_ray.config import Job, Resources
 from dept_ray.errors import DeptError
 from dept_ray.messages import RoundOrder, SiloCard, SiloSpec, SiloStatus, SiloUpdate
 from dept_ray.rounds.methods import method_of, silos_of, silos_per_round
-from dept_ray.silo.hardware import threads_for
+from dept_ray.silo.hardware import compile_pays, threads_for
 from dept_ray.silo.silo import Silo
 from dept_ray.text.prepare import prepare
+
+Deadline = Callable[[Sequence[float]], float]
+"""Seconds that a round may take, given what those took who have answered in it already."""
+
+MakeSilo = Callable[..., Silo]
+"""`Silo`, or what stands in for it: called with (job, spec) and, on Ray, `read`."""
 
 
 class SiloPool(Protocol):
@@ -25,8 +33,12 @@ class SiloPool(Protocol):
         """Of every silo that has been made so far."""
         ...
 
-    def open(self, job: Job) -> None:
+    def open(self, job: Job, first: Job) -> None:
         """Make every silo of a job; those that cannot be placed yet may come later.
+
+        Args:
+            job: in force now.
+            first: as the run began.
 
         Raises:
             DeptError: one cannot open its data; none could be placed.
@@ -34,7 +46,7 @@ class SiloPool(Protocol):
         ...
 
     def add(self, job: Job, silo: str) -> None:
-        """Prepare and make one more silo, which is ready some time later; `job` already names its source.
+        """Prepare and make a silo that is not there, which is ready some time later; `job` already names its source.
 
         Raises:
             DeptError: it is known at once that this cannot be done.
@@ -45,11 +57,15 @@ class SiloPool(Protocol):
         """Those that can take an order now. What died since is being made anew."""
         ...
 
-    def run_round(self, orders: Mapping[str, RoundOrder], deadline_s: float) -> dict[str, SiloUpdate | Exception]:
+    def run_round(self, orders: Mapping[str, RoundOrder], deadline: Deadline) -> dict[str, SiloUpdate | Exception]:
         """Give each silo its order; return every answer, or the exception in its place.
 
         After the deadline the late are asked to hand in what they have; who does not is left out.
         """
+        ...
+
+    def hand_in(self) -> None:
+        """Ask all who train now to hand in what they have; may be called from another thread."""
         ...
 
     def statuses(self) -> dict[str, SiloStatus]:
@@ -57,7 +73,7 @@ class SiloPool(Protocol):
         ...
 
     def failed(self) -> dict[str, str]:
-        """Silos that could not be made, with the reason; each is told once."""
+        """Silos that could not be made, with the reason."""
         ...
 
     def close(self) -> None:
@@ -65,20 +81,22 @@ class SiloPool(Protocol):
         ...
 
 
-def specs_of(job: Job, cores: int | None = None) -> dict[str, SiloSpec]:
+def specs_of(job: Job, first: Job | None = None, cores: int | None = None) -> dict[str, SiloSpec]:
     """The silos of a job, by name.
 
     Args:
-        job: the run.
+        job: the run, as it is now.
+        first: as it began; what a silo runs on follows from it, so that no change makes later silos compute other bits
+            than those that were there before. None: the same.
         cores: of one machine, shared by the silos that train at once; None: this machine's.
     """
-    method = method_of(job)
-    threads = threads_for(job, silos_per_round(job), cores or os.cpu_count())
+    method, first = method_of(job), first or job
+    threads = threads_for(first, silos_per_round(first), cores or os.cpu_count())
     return {
         name: SiloSpec(
             silo=name, sources=sources, vocabulary=method.vocabulary, share_body=method.share_body,
             share_rows=method.share_rows != "none", reset_embedding=method.reset_embedding, threads=threads,
-            gpu=resources_of(job, name).num_gpus > 0,
+            gpu=resources_of(job, name).num_gpus > 0, compile=compile_pays(first),
         )
         for name, sources in silos_of(job).items()
     }  # fmt: skip
@@ -89,34 +107,71 @@ def resources_of(job: Job, silo: str) -> Resources:
     return next((s.resources for s in job.sources if s.name == silo and s.resources), None) or job.resources
 
 
-class LocalPool:
-    """All silos in this process, one after the other; nobody is ever late."""
+def timed(
+    answers: Mapping[str, SiloUpdate | Exception], asked_at: Mapping[str, float], at: Mapping[str, float]
+) -> dict[str, SiloUpdate | Exception]:
+    """The answers of a round, with the seconds that only a pool can see.
 
-    def __init__(self) -> None:
+    Args:
+        answers: by silo.
+        asked_at: when each order was given.
+        at: when each answer was there.
+    """
+    last = max(at.values(), default=0.0)
+    seen: dict[str, SiloUpdate | Exception] = {}
+    for name, answer in answers.items():
+        if isinstance(answer, SiloUpdate):
+            busy = sum(answer.seconds.values())
+            send = max(0.0, at[name] - asked_at[name] - busy)
+            answer = replace(answer, seconds={**answer.seconds, "send": send, "wait": last - at[name]})
+        seen[name] = answer
+    return seen
+
+
+class LocalPool:
+    """All silos in this process, one after the other; nobody is ever late.
+
+    Args:
+        make: what makes a silo.
+    """
+
+    def __init__(self, make: MakeSilo = Silo) -> None:
+        self.make = make
         self.silos: dict[str, Silo] = {}
+        self._orders: dict[str, RoundOrder] = {}
 
     @property
     def cards(self) -> dict[str, SiloCard]:
         return {name: silo.card() for name, silo in self.silos.items()}
 
-    def open(self, job: Job) -> None:
-        self.silos = {name: Silo(job, spec) for name, spec in specs_of(job).items()}
+    def open(self, job: Job, first: Job) -> None:
+        self.first = first
+        self.silos = {name: self.make(job, spec) for name, spec in specs_of(job, first).items()}
 
     def add(self, job: Job, silo: str) -> None:
-        prepare(job, "own" if method_of(job).vocabulary == "own" else "global")
-        self.silos[silo] = Silo(job, specs_of(job)[silo])
+        if silo not in self.silos:
+            prepare(job, "own" if method_of(job).vocabulary == "own" else "global")
+            self.silos[silo] = self.make(job, specs_of(job, self.first)[silo])
 
     def ready(self) -> set[str]:
         return set(self.silos)
 
-    def run_round(self, orders: Mapping[str, RoundOrder], deadline_s: float) -> dict[str, SiloUpdate | Exception]:
+    def run_round(self, orders: Mapping[str, RoundOrder], deadline: Deadline) -> dict[str, SiloUpdate | Exception]:
         answers: dict[str, SiloUpdate | Exception] = {}
+        asked_at, at = dict[str, float](), dict[str, float]()
+        self._orders = dict(orders)
         for name, order in orders.items():
+            asked_at[name] = time.monotonic()
             try:
                 answers[name] = self.silos[name].obey(order)
             except DeptError as err:  # anything else is a bug, which a debugger wants to see
                 answers[name] = err
-        return answers
+            at[name] = time.monotonic()
+        return timed(answers, asked_at, at)
+
+    def hand_in(self) -> None:
+        for name, order in self._orders.items():
+            self.silos[name].stop(order.round, order.attempt)
 
     def statuses(self) -> dict[str, SiloStatus]:
         return {name: silo.status for name, silo in self.silos.items()}

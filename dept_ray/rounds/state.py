@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from dept_ray.config import Change, Job
+from dept_ray.config import Job
 from dept_ray.errors import SiloError
-from dept_ray.messages import SiloCard, SiloUpdate
+from dept_ray.messages import Change, SiloCard, SiloUpdate
 from dept_ray.rounds.methods import Method, silos_of
 from dept_ray.silo.model import Layout
 from dept_ray.silo.silo import fresh_body, fresh_embedding
@@ -59,7 +59,9 @@ class RunState:
     step: int = 0
     """Global inner steps committed: the place in the cosine."""
     changes: tuple[Change, ...] = ()
-    """What people changed while it ran, in order; `Job.changed` makes the job in force of them."""
+    """What people changed while it ran, in order; `changes.changed` makes the job in force of them."""
+    heard: int = 0
+    """Changes that were asked for and dealt with: made, or refused on record."""
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:

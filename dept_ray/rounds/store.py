@@ -1,32 +1,32 @@
 """The run folder: the one place where a round becomes a fact.
 
-    runs/<run>/config.json  environment.json  metrics.jsonl  tensorboard/
-    runs/<run>/rounds/000012/{body,rows,body_momentum,rows_momentum}.safetensors  manifest.json
+    runs/<run>/config.json  environment.json  metrics.jsonl  tensorboard/  asked.json  lock
+    runs/<run>/rounds/000012/{body,rows,body_momentum,rows_momentum}.safetensors  manifest.json  [kept]
 
 A round's tensors are written first; its manifest, which names them with their checksums, each silo's snapshot and
 position, and the round's own record, is renamed into place last. Without a manifest there is no round. Older rounds
-go only after.
+go only after, but for those that somebody asked to keep.
 """
 
 import fcntl
+import functools
 import json
 import os
 import platform
 import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
-from dept_ray.config import Change, Job
+from dept_ray.config import Job
 from dept_ray.draws import checksum
 from dept_ray.errors import RunError, StoreError, WrongRunError
+from dept_ray.messages import Change
 from dept_ray.metrics import Record, finite, read_records
 from dept_ray.rounds.state import RunState, SiloRecord
-from dept_ray.silo.model import Body, Layout
+from dept_ray.silo.model import layout_of
 from dept_ray.text.shards import write_atomically
 
 FORMAT = 1
@@ -35,6 +35,15 @@ FORMAT = 1
 def run_folder(job: Job) -> Path:
     """Where a job's run is kept."""
     return Path(job.folder) / "runs" / job.name
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a run stands, as its last manifest says; by default: nowhere yet."""
+
+    round: int = 0
+    changes: tuple[Change, ...] = ()
+    heard: int = 0
 
 
 class RunStore:
@@ -49,6 +58,8 @@ class RunStore:
         self.job, self.folder = job, run_folder(job)
         self._corpora: dict[str, str] = {}  # also of silos that are not here now
         self._lock: IO[str] | None = None
+        self.life = 0
+        """How often the run was taken up by `hold`: part of every order's fence."""
         try:
             (self.folder / "rounds").mkdir(parents=True, exist_ok=True)
             if self.rounds():  # before that nothing can be lost, and a job that was wrong is mended in place
@@ -91,9 +102,17 @@ class RunStore:
             lock.close()
             raise RunError(f"run {self.job.name} is in progress ({in_progress(self.folder)})") from None
         self._lock = lock
-        about = {"pid": os.getpid(), "host": platform.node(), **where}
-        write_atomically(self.folder / "live.json", json.dumps(about).encode())
-        (self.folder / "error.txt").unlink(missing_ok=True)
+        lives = self.folder / "lives"
+        try:
+            self.life = 1 + int(lives.read_text()) if lives.exists() else 1
+            about = {"pid": os.getpid(), "host": platform.node(), **where}
+            write_atomically(lives, str(self.life).encode())
+            write_atomically(self.folder / "live.json", json.dumps(about).encode())
+            (self.folder / "error.txt").unlink(missing_ok=True)
+        except ValueError:
+            raise StoreError(f"{lives} holds no number: write how often the run was started into it") from None
+        except OSError as err:
+            raise StoreError(f"run folder {self.folder} cannot be written ({err}): free space or mend it") from err
 
     def let_go(self) -> None:
         """The run is not in progress any more; nothing, where it never was here."""
@@ -120,7 +139,7 @@ class RunStore:
         """
         from safetensors.torch import save
 
-        folder = self.folder / "rounds" / f"{state.round:06d}"
+        folder, kept = self.folder / "rounds" / f"{state.round:06d}", self.kept()
         self._corpora |= corpora
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -137,6 +156,7 @@ class RunStore:
                 "round": state.round,
                 "step": state.step,
                 "changes": state.changes,
+                "heard": state.heard,
                 "files": files,
                 "silos": {name: asdict(silo) for name, silo in state.silos.items()},
                 "corpora": self._corpora,
@@ -148,16 +168,74 @@ class RunStore:
                 f"round {state.round} cannot be written to {folder} ({err}); round {state.round - 1} stands"
             ) from err
         for old in self.rounds()[: -self.job.rounds.keep]:
-            shutil.rmtree(self.folder / "rounds" / f"{old:06d}", ignore_errors=True)
+            if old not in kept:
+                shutil.rmtree(self.folder / "rounds" / f"{old:06d}", ignore_errors=True)
 
     def rounds(self) -> list[int]:
         """Committed rounds on disk, oldest first."""
         return sorted(int(path.parent.name) for path in (self.folder / "rounds").glob("*/manifest.json"))
 
-    def changes(self) -> list[Change]:
-        """What people changed in the run so far, as committed."""
+    def stands(self) -> "Standing":
+        """What the last committed round says of where the run stands.
+
+        Raises:
+            StoreError: its manifest cannot be read.
+        """
         rounds = self.rounds()
-        return read_manifest(self.folder / "rounds" / f"{rounds[-1]:06d}")["changes"] if rounds else []
+        if not rounds:
+            return Standing()
+        manifest = read_manifest(self.folder / "rounds" / f"{rounds[-1]:06d}")
+        return Standing(rounds[-1], tuple(manifest["changes"]), manifest["heard"])
+
+    # ------------------------------------------------------------------------------------ what people asked for
+    def asked(self) -> dict[str, Any] | None:
+        """What people asked of the life before (`rounds.control`); None: nothing.
+
+        Raises:
+            StoreError: it cannot be read.
+        """
+        file = self.folder / "asked.json"
+        try:
+            return json.loads(file.read_text()) if file.exists() else None
+        except (OSError, ValueError) as err:
+            raise StoreError(
+                f"{file} cannot be read ({err}): it holds what people asked of the run since its last round; restore "
+                "it, or delete it and ask again"
+            ) from None
+
+    def keep_asked(self, asked: dict[str, Any]) -> None:
+        """Keep what people ask until a round has heard it.
+
+        Raises:
+            StoreError: it cannot be written; whoever asks is told.
+        """
+        try:
+            write_atomically(self.folder / "asked.json", json.dumps(asked).encode())
+        except OSError as err:
+            raise StoreError(f"{self.folder / 'asked.json'} cannot be written ({err}): free space, ask again") from err
+
+    def keep(self, round: int) -> None:
+        """Never prune a committed round, nor the snapshots that it names.
+
+        Raises:
+            StoreError: the folder cannot be written.
+        """
+        mark = self.folder / "rounds" / f"{round:06d}" / "kept"
+        try:
+            mark.touch()
+        except OSError as err:
+            raise StoreError(f"{mark} cannot be written ({err}): free space, ask again") from err
+
+    def kept(self) -> dict[int, dict[str, str]]:
+        """Rounds that are kept for good, and by silo the snapshots that they name."""
+        folders = [path.parent for path in (self.folder / "rounds").glob("*/kept")]
+        manifests = {int(folder.name): read_manifest(folder) for folder in folders}
+        return {
+            round: {name: silo["snapshot"] for name, silo in manifest["silos"].items() if silo["snapshot"]}
+            for round, manifest in sorted(manifests.items())
+        }
+
+    # ------------------------------------------------------------------------------------ going on
 
     def load(self, corpora: dict[str, str]) -> RunState | None:
         """The last committed round, or None for a run that has none.
@@ -240,8 +318,8 @@ def load_round(folder: Path, round: int) -> tuple[RunState, dict[str, Any]]:
         raise StoreError(
             f"round {round} in {where} cannot be read ({err}): restore it, or delete the folder to go back a round"
         ) from err
-    step, changes = manifest["step"], tuple(manifest["changes"])
-    return RunState(manifest["round"], silos, **tensors, step=step, changes=changes), manifest
+    counts = {"step": manifest["step"], "changes": tuple(manifest["changes"]), "heard": manifest["heard"]}
+    return RunState(manifest["round"], silos, **tensors, **counts), manifest
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -252,7 +330,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        if missing := {"round", "files", "silos", "corpora", "layout", "record", "step", "changes"} - set(manifest):
+        needed = {"round", "files", "silos", "corpora", "layout", "record", "step", "changes", "heard"}
+        if missing := needed - set(manifest):
             raise ValueError(f"{', '.join(sorted(missing))} missing")
         return manifest
     except (OSError, ValueError, TypeError) as err:
@@ -262,9 +341,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def layout_fingerprint(job: Job) -> str:
-    """What each element of a body's flat vector means; nothing is allocated."""
-    with torch.device("meta"):
-        return Layout.of(Body(job.model)).fingerprint
+    """What each element of a body's flat vector means."""
+    return layout_of(job.model).fingerprint  # pyright: ignore[reportArgumentType] - a frozen section has a hash
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -276,6 +354,16 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _environment() -> dict[str, Any]:
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "packages": _packages(),
+    }
+
+
+@functools.cache
+def _packages() -> dict[str, str]:
     names = ("dept-ray", "torch", "ray", "numpy", "tokenizers", "datasets", "pyarrow")
     versions = {}
     for name in names:
@@ -283,9 +371,4 @@ def _environment() -> dict[str, Any]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = "not installed"
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "python": platform.python_version(),
-        "machine": platform.platform(),
-        "packages": versions,
-    }
+    return versions

@@ -7,18 +7,19 @@ process and on a cluster, bit for bit.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from dept_ray.config import Job
 from dept_ray.draws import checksum
 from dept_ray.errors import QuorumLost
 from dept_ray.messages import RoundOrder, SiloCard
-from dept_ray.rounds.changes import obey_people, with_newcomers
+from dept_ray.rounds.changes import changed, obey_people, with_newcomers
 from dept_ray.rounds.control import Control
-from dept_ray.rounds.ledger import final_record, past_seconds, round_record
-from dept_ray.rounds.membership import Verdict, choose, deadline_s, judge, members
+from dept_ray.rounds.ledger import Attempt, final_record, past_seconds, round_record
+from dept_ray.rounds.membership import choose, deadline_s, judge, members
 from dept_ray.rounds.methods import method_of
 from dept_ray.rounds.outer import outer_step
 from dept_ray.rounds.pool import SiloPool
@@ -38,45 +39,57 @@ def train(job: Job, pool: SiloPool, store: RunStore, log: Log, control: Control)
         QuorumLost: a round failed `faults.attempts` times, or nobody is left.
         RunError, DataError: a silo or the folder cannot go on.
     """
-    job = job.changed(store.changes())
-    pool.open(job)
+    stands = store.stands()
+    control.begin(stands.round, stands.heard, store)
+    first, job = job, changed(job, stands.changes)
+    pool.open(job, first)
     state = store.load(corpora_of(pool.cards)) or fresh_state(job, method_of(job), pool.cards)
     history = store.history()
-    while state.round < job.rounds.total and not control.stopping:
+    while True:
+        if control.take_checkpoint(state.round):
+            store.keep(state.round)
         job, state = obey_people(job, state, pool, log, control)
+        if state.round >= job.rounds.total or control.stopping:
+            break
         if not control.begin_round():
             continue
         began = time.perf_counter()
         state = with_newcomers(state, pool)
-        limit = deadline_s(job.faults, past_seconds(history))
-        state, orders, verdict = _until_it_counts(job, state, pool, limit)
-        before, state = state, outer_step(job, state, verdict.accepted, pool.cards)
-        record = round_record(job, before, state, orders, verdict, time.perf_counter() - began)
+        state, attempts = _until_it_counts(job, state, pool, store, past_seconds(history))
+        before, state = state, outer_step(job, state, attempts[-1].verdict.accepted, pool.cards)
+        record = round_record(job, before, state, attempts, time.perf_counter() - began)
         record["away"] |= pool.failed()
         store.save(state, record, corpora_of(pool.cards))  # now it is a fact
+        control.committed(state.heard)
         history.append(record)
         log(record)
     if state.round == job.rounds.total:
-        log(_final_scores(job, state, pool))
+        log(_final_scores(job, state, pool, store))
     return state
 
 
 def _until_it_counts(
-    job: Job, state: RunState, pool: SiloPool, limit_s: float
-) -> tuple[RunState, dict[str, RoundOrder], Verdict]:
+    job: Job, state: RunState, pool: SiloPool, store: RunStore, past_s: Sequence[float]
+) -> tuple[RunState, list[Attempt]]:
     """Order a round, again if need be, until a quorum answers; who failed is on the state's record."""
-    what, reasons = "", dict[str, str]()
+    what, reasons, attempts = "", dict[str, str](), list[Attempt]()
     for attempt in range(job.faults.attempts):
         chosen = choose(job, members(state.silos, pool.ready()), state.round)
         if not chosen:
             what = "has nobody left to train it"
             break
-        orders = orders_for(job, state, chosen, pool.cards, attempt=attempt, steps=job.inner.local_steps)
-        verdict = judge(job, orders, pool.run_round(orders, limit_s))
+        orders = orders_for(
+            job, state, chosen, pool.cards, attempt=attempt, steps=job.inner.local_steps,
+            life=store.life, kept=store.kept().values(),
+        )  # fmt: skip
+        answers = pool.run_round(orders, partial(deadline_s, job.faults, past_s, len(orders)))
+        verdict = judge(job, orders, answers)
+        attempts.append(Attempt.of(orders, answers, verdict))
         failed = {k: state.silos[k].failed(reason, job.faults.failures) for k, reason in verdict.refused.items()}
         state = replace(state, silos=state.silos | failed)
         if verdict.commit:
-            return state, orders, verdict
+            return state, attempts
+        attempts[-1] = attempts[-1].lost
         what = f"failed {attempt + 1} times, {len(verdict.accepted)} of {len(chosen)} silos answered"
         reasons |= verdict.refused
     away = {name: silo.away for name, silo in state.silos.items() if silo.away}
@@ -88,9 +101,19 @@ def _until_it_counts(
 
 
 def orders_for(
-    job: Job, state: RunState, silos: list[str], cards: Mapping[str, SiloCard], *, attempt: int, steps: int
-) -> dict[str, RoundOrder]:
-    """What each silo is asked to do next; `steps` = 0 only scores."""
+    job: Job, state: RunState, silos: list[str], cards: Mapping[str, SiloCard], *, attempt: int, steps: int,
+    life: int = 0, kept: Collection[Mapping[str, str]] = (),
+) -> dict[str, RoundOrder]:  # fmt: skip
+    """What each silo is asked to do next.
+
+    Args:
+        job, state: what it follows from.
+        silos: who is asked.
+        cards: who owns which rows.
+        attempt, life: the fence, together with the state's round.
+        steps: inner steps; 0 only scores.
+        kept: of each round that is kept for good, the snapshots that it names, by silo.
+    """
     body = None if state.body is None else state.body.numpy()
     fingerprint = "" if body is None else checksum(body)
     every = job.rounds.score_every
@@ -98,7 +121,8 @@ def orders_for(
     joined = {source.name for source in job.sources if source.joined}
     return {
         name: RoundOrder(
-            run=job.name, silo=name, round=state.round, attempt=attempt, after=state.silos[name].snapshot,
+            run=job.name, silo=name, round=state.round, life=life, attempt=attempt,
+            after=state.silos[name].snapshot, keep=tuple(round[name] for round in kept if name in round),
             position=state.silos[name].position, first_step=state.step, steps=steps, score=due, lr=job.inner.lr,
             total_steps=state.step + (job.rounds.total - state.round) * job.inner.local_steps,
             frozen_steps=job.faults.newcomer_steps if name in joined and not state.silos[name].rounds else 0,
@@ -109,13 +133,13 @@ def orders_for(
     }  # fmt: skip
 
 
-def _final_scores(job: Job, state: RunState, pool: SiloPool) -> dict[str, Any]:
+def _final_scores(job: Job, state: RunState, pool: SiloPool, store: RunStore) -> dict[str, Any]:
     """What the finished model is worth on every source; a silo that fails is asked again."""
     scores, refused = {}, dict.fromkeys(members(state.silos, pool.ready()), "")
     for attempt in range(job.faults.attempts):
         there = sorted(refused.keys() & pool.ready())
-        orders = orders_for(job, state, there, pool.cards, attempt=attempt, steps=0)
-        verdict = judge(job, orders, pool.run_round(orders, job.faults.deadline_cap_s))
+        orders = orders_for(job, state, there, pool.cards, attempt=attempt, steps=0, life=store.life)
+        verdict = judge(job, orders, pool.run_round(orders, lambda took_s: job.faults.deadline_cap_s))
         scores |= {source: score for update in verdict.accepted.values() for source, score in update.scores.items()}
         refused = {name: verdict.refused.get(name, "not there") for name in refused.keys() - verdict.accepted.keys()}
         if not refused:

@@ -1,8 +1,9 @@
 """What a silo runs on, and every choice that follows from it, in one place (SPEED.md): device, threads, precision,
 compilation.
 
-Chosen from the job and the machine alone, never from how far the run is, so that a resumed run makes the same choices
-and therefore the same bits. Attention and the loss choose for themselves, by device and size (`attention`, `loss`).
+Chosen from the job as the run began and from the machine, never from how far it is or what people changed since, so
+that a resumed run makes the same choices and therefore the same bits. Attention and the loss choose for themselves, by
+device and size (`attention`, `loss`).
 """
 
 import os
@@ -54,7 +55,13 @@ def threads_for(job: Job, silos: int, cores: int | None = None) -> int:
     return job.inner.threads or max(1, (cores or os.cpu_count() or 1) // silos)
 
 
-def choose_hardware(job: Job, threads: int, gpu: bool) -> Hardware:
+def compile_pays(job: Job) -> bool:
+    """Whether a run is long enough to earn the compilation back, or is told to compile."""
+    auto = job.inner.compile == "auto" and job.total_steps >= _COMPILE_PAYS_AFTER_STEPS
+    return auto or job.inner.compile == "always"
+
+
+def choose_hardware(job: Job, threads: int, gpu: bool, compile: bool) -> Hardware:
     """The choices for a silo in this process.
 
     Raises:
@@ -66,13 +73,10 @@ def choose_hardware(job: Job, threads: int, gpu: bool) -> Hardware:
         )
     device = "cuda" if gpu else "cpu"
     autocast = job.inner.precision == "bf16" or (job.inner.precision == "auto" and _has_bf16(device))
-    compile_ = job.inner.compile == "always" or (
-        job.inner.compile == "auto" and job.total_steps >= _COMPILE_PAYS_AFTER_STEPS
-    )
     micro_batch = job.inner.micro_batch or (
         job.inner.batch_size if device == "cpu" else _divisor(job.inner.batch_size, 16)
     )
-    return Hardware(device, threads, autocast, compile_, micro_batch)
+    return Hardware(device, threads, autocast, compile, micro_batch)
 
 
 def _divisor(number: int, most: int) -> int:

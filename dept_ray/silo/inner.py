@@ -112,7 +112,7 @@ def train_steps(
         loss_of: (B, T) ids and targets -> summed nats; `model.loss` or its compiled twin.
         batches: (B, T + 1) local ids each.
         schedule: learning rates, and how many batches there will be.
-        should_stop: asked between steps.
+        should_stop: asked between steps, so that one step at least is made.
         watch: called about once a second with (steps done, mean loss so far, tokens/s).
 
     Returns:
@@ -126,7 +126,7 @@ def train_steps(
     model.train()
     optimizer.zero_grad(set_to_none=False)  # a round that broke off in the middle of a step left its own there
     for batch in batches:
-        if should_stop():
+        if done and should_stop():  # who is asked to hand in what it has should have something
             break
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate(group["name"], done)

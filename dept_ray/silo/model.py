@@ -6,6 +6,7 @@ and the body travels without being packed. Both architectures compute what Huggi
 LlamaForCausalLM compute. Shapes: B batch, T time, D width, V rows, H heads, F the MLP's hidden width, L positions.
 """
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ __all__ = [
     "Sizes",
     "flatten_parameters",
     "initialise",
+    "layout_of",
     "num_parameters",
 ]
 
@@ -76,6 +78,13 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
+class _Linear(nn.Linear):
+    """Holds whatever memory held until it is given values: torch's own draws would all be overwritten."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
 class Attention(nn.Module):
     """Causal self-attention; queries, keys and values in one product."""
 
@@ -83,8 +92,8 @@ class Attention(nn.Module):
         super().__init__()
         D, bias = section.width, section.arch == "gpt2"
         self.heads = section.heads
-        self.qkv = nn.Linear(D, 3 * D, bias)
-        self.out = nn.Linear(D, D, bias)
+        self.qkv = _Linear(D, 3 * D, bias)
+        self.out = _Linear(D, D, bias)
 
     def forward(self, x: torch.Tensor, rotation: Rotation | None) -> torch.Tensor:
         B, T, D = x.shape
@@ -100,8 +109,8 @@ class MLP(nn.Module):
     def __init__(self, section: ModelSection) -> None:
         super().__init__()
         self.gated, bias = section.arch == "llama", section.arch == "gpt2"
-        self.up = nn.Linear(section.width, section.hidden * (2 if self.gated else 1), bias)
-        self.down = nn.Linear(section.hidden, section.width, bias)
+        self.up = _Linear(section.width, section.hidden * (2 if self.gated else 1), bias)
+        self.down = _Linear(section.hidden, section.width, bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.up(x)
@@ -200,6 +209,13 @@ class Layout:
         """Each parameter's part of a flat vector (torch or numpy), by name, in its shape and without a copy."""
         parts = zip(self.names, self.offsets, self.shapes, strict=True)
         return {name: flat[start : start + math.prod(shape)].reshape(shape) for name, start, shape in parts}
+
+
+@functools.cache
+def layout_of(section: ModelSection) -> Layout:
+    """That of a body of this shape; nothing is allocated, and it is worked out once."""
+    with torch.device("meta"):
+        return Layout.of(Body(section))
 
 
 def flatten_parameters(module: nn.Module, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,9 +21,9 @@ from dept_ray.errors import SiloError
 from dept_ray.messages import RoundOrder, Score, SiloCard, SiloSpec, SiloStatus, SiloUpdate
 from dept_ray.silo.hardware import choose_hardware
 from dept_ray.silo.inner import Schedule, Trained, make_optimizer, train_steps
-from dept_ray.silo.model import Body, Embedding, LanguageModel, Layout, flatten_parameters, initialise
+from dept_ray.silo.model import Body, Embedding, LanguageModel, flatten_parameters, initialise, layout_of
 from dept_ray.silo.score import score_corpus
-from dept_ray.silo.snapshot import drop_lost_snapshots, load_snapshot, prune_snapshots, save_snapshot, snapshot_name
+from dept_ray.silo.snapshot import load_snapshot, prune_snapshots, save_snapshot, snapshot_name
 from dept_ray.text.prepare import corpus_folder
 from dept_ray.text.shards import Corpus, open_corpus
 from dept_ray.text.stream import MixedStream, Position, Read, Stream
@@ -86,13 +86,14 @@ class Silo:
         self, job: Job, spec: SiloSpec, read: Read | None = None, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         self.job, self.spec, self._clock = job, spec, clock
-        self.hardware = choose_hardware(job, spec.threads, spec.gpu)
+        self.hardware = choose_hardware(job, spec.threads, spec.gpu, spec.compile)
         self.corpora = open_corpora(job, spec)
         self.vocabulary = vocabulary_of(spec, self.corpora)
         self.stream = self._make_stream(
             read or (lambda name, blocks: self.corpora[name].train.read(blocks, job.inner.context))
         )
-        self.layout = Layout.of(body := Body(job.model))
+        self.layout = layout_of(job.model)  # pyright: ignore[reportArgumentType] - a frozen section has a hash
+        body = Body(job.model)
         body.recompute = job.inner.checkpoint_activations
         self.model = LanguageModel(body, Embedding(self.vocabulary.size, job.model, job.positions)).to(
             self.hardware.device
@@ -241,7 +242,7 @@ class Silo:
 
     def _save(self, order: RoundOrder, position: Position) -> str:
         """Write what stays home."""
-        name = snapshot_name(order.round, order.attempt)
+        name = snapshot_name(order.round, order.life, order.attempt)
         parts: dict[str, dict[str, torch.Tensor]] = {}
         if not self.spec.share_rows:
             parts["embedding"] = self.model.embedding.state_dict()
@@ -254,22 +255,21 @@ class Silo:
             "run": self.job.name,
             "silo": self.spec.silo,
             "round": order.round,
+            "life": order.life,
             "attempt": order.attempt,
             "position": position,
         }
         save_snapshot(folder / name, parts, about)
-        drop_lost_snapshots(folder, order.after, name)
-        if order.after is not None:
-            prune_snapshots(folder, order.after, self.job.rounds.keep)
+        prune_snapshots(folder, order.after, name, self.job.rounds.keep, order.keep)
         self._after = name
         return name
 
     def _answer(self, order: RoundOrder, trained: Trained, snapshot: str | None, position: Position,
                 scores: dict[str, Score], seconds: dict[str, float]) -> SiloUpdate:  # fmt: skip
         return SiloUpdate(
-            run=order.run, silo=order.silo, round=order.round, attempt=order.attempt, fingerprint=order.fingerprint,
-            steps=trained.steps, tokens=trained.tokens, position=position, snapshot=snapshot, loss=trained.loss,
-            scores=scores, epochs=self.stream.epochs(position), seconds=seconds,
+            run=order.run, silo=order.silo, round=order.round, life=order.life, attempt=order.attempt,
+            fingerprint=order.fingerprint, steps=trained.steps, tokens=trained.tokens, position=position,
+            snapshot=snapshot, loss=trained.loss, scores=scores, epochs=self.stream.epochs(position), seconds=seconds,
         )  # fmt: skip
 
     # ------------------------------------------------------------------------------------ embedding and moments

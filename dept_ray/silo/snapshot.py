@@ -1,15 +1,16 @@
 """A silo's snapshot: all that it alone knows after a round, in a folder of its own storage.
 
-    <storage>/silos/<run>/<silo>/000012-0/   embedding.safetensors  body.safetensors  optimizer.safetensors  state.json
+    <storage>/silos/<run>/<silo>/000012-1-0/  embedding.safetensors  body.safetensors optimizer.safetensors  state.json
 
 Only what stays home is in it (under GLOB just the position). `state.json` is written last, by rename, with the
-checksums of the rest: a folder without it, or that differs from it, is refused. The name carries round and
-attempt, so a late attempt can never overwrite what a manifest names.
+checksums of the rest: a folder without it, or that differs from it, is refused. The name carries round, life of the
+run and attempt, so a late attempt, or a silo that a dead coordinator had ordered, can never overwrite what a manifest
+names.
 """
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,13 @@ Parts = Mapping[str, Mapping[str, torch.Tensor]]
 """File stem -> name -> tensor."""
 
 
-def snapshot_name(round: int, attempt: int) -> str:
+def snapshot_name(round: int, life: int, attempt: int) -> str:
     """The name of what a silo is after a round.
 
-    >>> snapshot_name(12, 0)
-    '000012-0'
+    >>> snapshot_name(12, 3, 0)
+    '000012-3-0'
     """
-    return f"{round:06d}-{attempt}"
+    return f"{round:06d}-{life}-{attempt}"
 
 
 def save_snapshot(folder: Path, parts: Parts, state: dict[str, Any]) -> None:
@@ -77,16 +78,25 @@ def load_snapshot(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dic
     return parts, state
 
 
-def drop_lost_snapshots(folder: Path, after: str | None, latest: str) -> None:
-    """Delete what attempts between `after`, which a manifest names (None: nothing), and `latest` left: none counted."""
-    for path in folder.iterdir():
-        if path.is_dir() and (after or "") < path.name < latest:
-            shutil.rmtree(path, ignore_errors=True)
+def prune_snapshots(folder: Path, after: str | None, latest: str, count: int, keep: Collection[str] = ()) -> None:
+    """Delete what nobody can go back to any more.
 
-
-def prune_snapshots(folder: Path, current: str, keep: int) -> None:
-    """Keep `current` and the `keep` snapshots before it; what lies beyond it was never committed."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    before = [name for name in names if name < current]
-    for name in [*before[: max(0, len(before) - keep)]]:
+    Args:
+        folder: of one silo.
+        after: what the last manifest names; None: nothing.
+        latest: the one just written. What lies between the two was written by attempts that did not count.
+        count: how many before `after` stay, for going back by hand.
+        keep: names that stay whatever happens.
+    """
+    moments = {name: moment for path in folder.iterdir() if (moment := _moment(name := path.name)) is not None}
+    named = _moment(after or "") or ()
+    before = sorted((name for name, moment in moments.items() if moment < named), key=moments.__getitem__)
+    lost = [name for name, moment in moments.items() if named < moment < moments[latest]]
+    for name in {*lost, *before[: max(0, len(before) - count)]} - set(keep):
         shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _moment(name: str) -> tuple[int, ...] | None:
+    """(round, life, attempt) of a snapshot's name; None: it is another folder's."""
+    parts = name.split("-")
+    return tuple(map(int, parts)) if len(parts) == 3 and all(part.isdigit() for part in parts) else None

@@ -5,7 +5,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dept_ray.console import figure_table, human
-from dept_ray.study.plan import FP32_BYTES, Plan
+from dept_ray.study.costs import FP32_BYTES, Plan
 
 
 def render(costs: Plan) -> RenderableType:

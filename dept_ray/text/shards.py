@@ -71,8 +71,9 @@ def write_atomically(path: Path, data: "np.ndarray | bytes") -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    finally:
+    except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
 
 
 class Shards:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import a_card, an_answer
 
-from dept_ray.config import parse_job
+from dept_ray.jobfile import parse_job
 from dept_ray.rounds.outer import outer_step
 from dept_ray.rounds.state import RunState, SiloRecord
 

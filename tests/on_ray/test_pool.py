@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from dept_ray.config import METHOD_NAMES, Job
+from dept_ray.config import Job
+from dept_ray.method_names import METHOD_NAMES
 from dept_ray.metrics import Log
 from dept_ray.rounds.control import Control
 from dept_ray.rounds.pool import LocalPool, SiloPool
@@ -70,7 +71,7 @@ def test_a_silo_that_is_killed_is_left_out_once_and_made_anew(tiny: Make) -> Non
     def kill_code_while_it_trains() -> None:
         while (status := pool.statuses().get("code")) is None or status.doing != "training":
             time.sleep(0.05)
-        os.kill(ray.get(pool.actors["code"].pid.remote()), signal.SIGKILL)
+        os.kill(ray.get(pool.places.actors["code"].status.remote()).pid, signal.SIGKILL)
 
     killer = threading.Thread(target=kill_code_while_it_trains, daemon=True)
     killer.start()
@@ -94,7 +95,7 @@ def test_a_late_silo_hands_in_what_it_has_and_one_that_cannot_is_made_anew(tiny:
     def freeze_code_in_the_second_round() -> None:
         while (status := pool.statuses().get("code")) is None or (status.round, status.doing) != (1, "training"):
             time.sleep(0.05)
-        os.kill(ray.get(pool.actors["code"].pid.remote()), signal.SIGSTOP)
+        os.kill(ray.get(pool.places.actors["code"].status.remote()).pid, signal.SIGSTOP)
 
     freezer = threading.Thread(target=freeze_code_in_the_second_round, daemon=True)
     freezer.start()
@@ -116,3 +117,20 @@ def test_an_error_in_a_silo_comes_back_as_our_own(tiny: Make) -> None:
     job = tiny("spec", inner={"batch_size": 4096})
     with pytest.raises(SiloError, match=r"fewer than one batch \(inner\.batch_size = 4096\)"):
         run(job, RayPool())
+
+
+def test_a_newcomer_that_was_being_prepared_when_the_coordinator_died_still_joins(prepared, tmp_path) -> None:
+    from nodes import until
+    from ordeals import newcomer, smallest
+
+    from dept_ray.on_ray.pool import RayPool
+    from dept_ray.rounds.changes import changed
+
+    first = smallest(prepared, tmp_path / "run", "spec-opt")
+    pool = RayPool()
+    pool.open(changed(first, [{"add": newcomer(prepared, "straggler")}]), first)
+    try:
+        until(lambda: "straggler" in pool.ready())
+    finally:
+        pool.close()
+    assert pool.failed() == {}

@@ -140,12 +140,20 @@ def test_hands_on_a_live_run(tiny: Make, started: Callable[..., Run], tmp_path: 
 def test_answers_come_at_once_while_silos_train(tiny: Make, started: Callable[..., Run]) -> None:
     run = started(tiny("spec", name="busy", inner={"local_steps": 2000}, rounds={"total": 50}))
     until(lambda: training(run))
-    took = []
-    for _ in range(50):
-        began = time.perf_counter()
-        run.status()
-        took.append(time.perf_counter() - began)
-    print(f"status: median {sorted(took)[25] * 1e3:.1f} ms, worst {max(took) * 1e3:.1f} ms")
+    asks: dict[str, Callable[[], Any]] = {
+        "status": run.status, "set": lambda: run.set("outer.lr", 0.9), "pause": run.pause, "resume": run.resume,
+    }  # fmt: skip
+    for name, ask in asks.items():
+        took = []
+        for _ in range(50):
+            began = time.perf_counter()
+            ask()
+            took.append(time.perf_counter() - began)
+        print(f"{name}: median {sorted(took)[25] * 1e3:.1f} ms, worst {max(took) * 1e3:.1f} ms")
+    kept = run.checkpoint(now=True)
+    until(lambda: (kept / "kept").exists())
+    (record,) = (r for r in run.history() if r["event"] == "round" and r["round"] == int(kept.name))
+    assert all(0 < silo["steps"] < 2000 for silo in record["silos"].values())
 
 
 def until(fact: Callable[[], bool], within_s: float = 120) -> None:

@@ -7,16 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from dept_ray.config import LIVE_KEYS, METHOD_NAMES, Change, Job
-from dept_ray.errors import ConfigError, QuorumLost
-from dept_ray.messages import RoundOrder, SiloUpdate
+from dept_ray.config import Job
+from dept_ray.errors import ConfigError, StoreError
+from dept_ray.messages import Change, RoundOrder, SiloUpdate
+from dept_ray.method_names import METHOD_NAMES
 from dept_ray.metrics import JsonLines, Log, read_records
-from dept_ray.rounds import train as train_module
-from dept_ray.rounds.changes import check_change
+from dept_ray.rounds.changes import LIVE_KEYS, check_change
 from dept_ray.rounds.control import Control
 from dept_ray.rounds.methods import METHODS
-from dept_ray.rounds.outer import outer_step
-from dept_ray.rounds.pool import LocalPool
+from dept_ray.rounds.pool import Deadline, LocalPool
 from dept_ray.rounds.state import RunState
 from dept_ray.rounds.store import RunStore, load_round
 from dept_ray.rounds.train import train
@@ -33,11 +32,11 @@ class Ordered(LocalPool):
         self.orders: dict[int, dict[str, RoundOrder]] = {}
         self.limits: dict[int, float] = {}
 
-    def run_round(self, orders: Mapping[str, RoundOrder], deadline_s: float) -> dict[str, SiloUpdate | Exception]:
+    def run_round(self, orders: Mapping[str, RoundOrder], deadline: Deadline) -> dict[str, SiloUpdate | Exception]:
         first = next(iter(orders.values()))
         if first.steps:
-            self.orders[first.round], self.limits[first.round] = dict(orders), deadline_s
-        return super().run_round(orders, deadline_s)
+            self.orders[first.round], self.limits[first.round] = dict(orders), deadline([])
+        return super().run_round(orders, deadline)
 
 
 def run(job: Job, *asks: tuple[int, Change], stop_after: int | None = None, pool: LocalPool | None = None
@@ -233,14 +232,13 @@ def test_a_source_without_text_is_refused_on_record_and_the_run_goes_on(tiny, tm
     assert again.silos == state.silos
 
 
-def test_when_all_have_left_the_run_ends_and_says_so_and_goes_on_when_one_returns(tiny):
+def test_the_last_silo_that_works_cannot_be_dropped(tiny):
     job = tiny("spec", **SHORT)
-    leave = [(1, {"drop": name}) for name in ("code", "latin", "numbers")]
-    with pytest.raises(QuorumLost, match=r"round 2 has nobody left.*code: dropped; latin: dropped; numbers: dropped"):
-        run(job, *leave)
-    state, records = run(job, (1, {"drop": "latin"}), (1, {"drop": "numbers"}))
-    assert [sorted(record["silos"]) for record in rounds_of(records)][1:] == [["code"]] * 3
-    assert state.silos["latin"].away == "dropped"
+    state, records = run(job, *[(1, {"drop": name}) for name in ("code", "latin", "numbers")])
+    assert [sorted(record["silos"]) for record in rounds_of(records)][1:] == [["numbers"]] * 3
+    told = [record["refused"] for record in records if record["event"] == "change" and "refused" in record]
+    assert told == ["numbers is the last silo that works: let another join or return first, or stop the run"]
+    assert (state.silos["latin"].away, len(state.changes), state.heard) == ("dropped", 2, 3)
 
 
 def test_dropping_one_who_left_and_returning_one_who_stayed_is_no_harm(tiny):
@@ -270,25 +268,46 @@ def test_changes_are_in_the_manifest_and_in_order_on_record_over_a_resume(tiny):
     ]  # fmt: skip
 
 
-def test_a_change_of_a_round_that_never_was_is_forgotten_with_it(tiny, monkeypatch):
-    """It was asked for after the last commit: neither the ledger nor the state says that it ever acted."""
+class Killed(Exception):
+    """The coordinator's end."""
+
+
+@pytest.mark.parametrize("when", ["before the manifest", "after the manifest"])
+def test_what_was_asked_is_not_lost_with_the_coordinator_and_acts_once(tiny, monkeypatch, when):
+    """It acted in a round that was lost, or the round was saved and nobody had noted yet that it was heard."""
     job = tiny("spec", **SHORT)
+    asks = [(1, {"set": "inner.lr", "to": 1e-3}), (1, {"drop": "nobody"}), (1, {"drop": "latin"})]
+    expected, expected_records = run(tiny("spec", at="whole", **SHORT), *asks)
+    save = RunStore.save
 
-    class Killed(Exception):
-        pass
-
-    def step(job: Job, state: RunState, *more: Any) -> RunState:
-        if state.round == 1:
+    def dying(self: RunStore, state: RunState, *more: Any) -> None:
+        if state.round == 2 and when == "before the manifest":
             raise Killed
-        return outer_step(job, state, *more)
+        save(self, state, *more)
+        if state.round == 2:
+            raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "outer_step", step)
+        patch.setattr(RunStore, "save", dying)
         with pytest.raises(Killed):
-            run(job, (1, {"set": "inner.lr", "to": 1e-3}))
+            run(job, *asks)
+    asked = json.loads((RunStore(job).folder / "asked.json").read_text())
+    assert (asked["first"], asked["changes"]) == (0, [change for _, change in asks])
     state, records = run(job)
-    assert state.changes == ()
-    assert changes_of(records) == []
+    assert state.changes == expected.changes == (asks[0][1], asks[2][1])
+    assert state.heard == 3
+    assert torch.equal(state.body, expected.body)
+    assert changes_of(records) == changes_of(expected_records)
+    assert json.loads((RunStore(job).folder / "asked.json").read_text())["changes"] == []
+
+
+def test_an_unreadable_file_of_what_was_asked_is_told(tiny):
+    job = tiny("spec", **SHORT)
+    run(job, stop_after=1)
+    file = RunStore(job).folder / "asked.json"
+    file.write_text("{")
+    with pytest.raises(StoreError, match=rf"{file} cannot be read .*delete it and ask again"):
+        run(job)
 
 
 def test_the_job_a_folder_belongs_to_is_the_one_it_began_with(tiny):

@@ -1,5 +1,6 @@
 """Hands on a live run: pause, let rounds through, stop, ask; from another thread, and answered at once."""
 
+import shutil
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -8,13 +9,15 @@ import pytest
 import torch
 
 from dept_ray.config import Job
+from dept_ray.errors import StoreError
 from dept_ray.messages import RoundOrder, SiloUpdate
 from dept_ray.metrics import read_records
 from dept_ray.rounds.control import Control
-from dept_ray.rounds.pool import LocalPool
+from dept_ray.rounds.pool import Deadline, LocalPool
 from dept_ray.rounds.state import RunState
 from dept_ray.rounds.store import RunStore
 from dept_ray.rounds.train import train
+from dept_ray.silo.silo import silo_folder
 
 PATIENCE_S = 60
 """Nothing takes so long; it only turns a deadlock into a failure."""
@@ -40,11 +43,11 @@ class GatedPool(LocalPool):
         super().__init__()
         self.begun, self.gate, self.gated = threading.Semaphore(0), threading.Semaphore(0), gated
 
-    def run_round(self, orders: Mapping[str, RoundOrder], deadline_s: float) -> dict[str, SiloUpdate | Exception]:
+    def run_round(self, orders: Mapping[str, RoundOrder], deadline: Deadline) -> dict[str, SiloUpdate | Exception]:
         if self.gated and any(order.steps for order in orders.values()):
             self.begun.release()
             assert self.gate.acquire(timeout=PATIENCE_S)
-        return super().run_round(orders, deadline_s)
+        return super().run_round(orders, deadline)
 
 
 class Live:
@@ -229,3 +232,135 @@ def test_many_hands_at_once_leave_the_run_whole(job):
     assert state.round == 4
     assert read_records(live.store.metrics) == []  # the log here is the list
     assert [r["change"] for r in live.records if r["event"] == "change"] == list(state.changes)
+
+
+# ------------------------------------------------------------------------------------------------ kept for good
+
+
+@pytest.mark.parametrize("method", ["spec-opt", "isolated"])
+def test_a_kept_round_can_be_gone_back_to_when_its_neighbours_are_long_gone(tiny, method):
+    """Its snapshots are kept too, though the silos prune theirs."""
+    job = tiny(method, inner={"local_steps": 1, "optimizer_state": "keep"}, rounds={"total": 7, "keep": 1})
+    store, control, records = RunStore(job), Control(), list[dict[str, Any]]()
+
+    def watch(record: dict[str, Any]) -> None:
+        records.append(record)
+        if record["event"] == "round" and record["round"] == 2:
+            assert control.checkpoint() == 2
+
+    expected = train(job, pool := LocalPool(), store, watch, control)
+    pool.close()
+    assert store.rounds() == [2, 7]
+    assert sorted(store.kept()) == [2]
+    for name in expected.silos:
+        there = {path.name for path in silo_folder(job, name).iterdir()}
+        assert there == {"000001-0-0", "000004-0-0", "000005-0-0", "000006-0-0"}
+    shutil.rmtree(store.folder / "rounds" / "000007")
+    again = train(job, pool := LocalPool(), RunStore(job), records.append, Control())
+    pool.close()
+    assert again.silos == expected.silos
+    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in expected.tensors.items())
+
+
+def test_a_checkpoint_while_the_run_is_held_keeps_the_last_round(job):
+    live = Live(job, control=paused())
+    assert live.wait_until_held() == 0
+    live.control.checkpoint()  # there is none yet: the first will be
+    live.control.step(1)
+    assert live.wait_until_held() == 1
+    live.control.step(2)
+    assert live.wait_until_held() == 3
+    assert live.control.checkpoint() == 3
+    assert live.wait_until_held() == 3  # it looked, and holds again
+    assert sorted(live.store.kept()) == [1, 3]
+    live.control.stop()
+    live.join()
+
+
+class Memory:
+    """Keeps what is asked, unless it is full."""
+
+    kept: dict[str, Any] | None = None
+    full = False
+
+    def asked(self) -> dict[str, Any] | None:
+        return self.kept
+
+    def keep_asked(self, asked: dict[str, Any]) -> None:
+        if self.full:
+            raise StoreError("the disk is full")
+        self.kept = asked
+
+
+def test_a_pause_is_kept_for_a_run_that_comes_back_by_itself_and_not_for_one_that_is_started_again():
+    memory, first = Memory(), Control()
+    first.step(2)
+    first.begin(5, 0, memory)
+    first.change({"drop": "a"})
+    assert memory.kept is not None
+    assert (memory.kept["hold_at"], memory.kept["changes"]) == (7, [{"drop": "a"}])
+    back, anew = Control(again=True), Control()
+    back.begin(6, 0, memory)
+    assert [back.begin_round(), back.begin_round()] == [True, False]
+    assert back.take_changes() == [{"drop": "a"}]
+    anew.begin(6, 0, memory)
+    assert anew.begin_round()
+    assert anew.take_changes() == [{"drop": "a"}]
+    spoken = Control(again=True)
+    spoken.resume()
+    spoken.begin(7, 1, memory)
+    assert spoken.begin_round()
+    assert spoken.take_changes() == []  # the round that was committed heard it
+
+
+def test_who_asks_again_because_the_answer_was_lost_is_heard_once():
+    memory, first = Memory(), Control()
+    first.begin(5, 0, memory)
+    first.step(3, "a")
+    first.change({"drop": "x"}, "b")
+    back = Control(again=True)
+    back.begin(5, 0, memory)
+    back.step(3, "a")
+    back.change({"drop": "x"}, "b")
+    assert back.knows("b")
+    assert back.take_changes() == [{"drop": "x"}]
+    assert [back.begin_round() for _ in range(4)] == [True, True, True, False]
+
+
+def test_what_could_not_be_kept_was_not_asked():
+    memory, control = Memory(), Control()
+    control.begin(5, 0, memory)
+    memory.full = True
+    for ask in (control.pause, control.stop, control.checkpoint, lambda: control.change({"drop": "x"}, "b")):
+        with pytest.raises(StoreError, match="full"):
+            ask()
+    assert control.pending == []
+    assert not control.stopping
+    assert control.begin_round()
+    assert not control.take_checkpoint(9)
+    control.committed(0)  # needs no disk
+    memory.full = False
+    control.change({"drop": "x"}, "b")  # the same request, asked again
+    assert control.pending == [{"drop": "x"}]
+
+
+def test_a_checkpoint_is_for_the_round_that_was_named_whoever_dies():
+    memory, first = Memory(), Control()
+    first.begin(6, 0, memory)
+    assert first.begin_round()
+    assert first.checkpoint() == 7
+    back = Control(again=True)
+    back.begin(6, 0, memory)
+    assert [back.take_checkpoint(6), back.take_checkpoint(7), back.take_checkpoint(8)] == [False, True, False]
+
+
+def test_a_run_that_is_made_longer_in_its_last_round_goes_on(job):
+    live = Live(job, gated=True)
+    for _ in range(3):
+        assert live.pool.begun.acquire(timeout=PATIENCE_S)
+        live.pool.gate.release()
+    assert live.pool.begun.acquire(timeout=PATIENCE_S)  # the fourth of four
+    live.control.change({"set": "rounds.total", "to": 6})
+    live.pool.gated = False
+    live.pool.gate.release()
+    assert live.join().round == 6

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 from tiny import a_card, an_answer
 
-from dept_ray.config import FaultsSection, Job, parse_job
+from dept_ray.config import FaultsSection, Job
 from dept_ray.errors import QuorumLost, SiloError, StoreError
+from dept_ray.jobfile import parse_job
 from dept_ray.messages import RoundOrder, SiloCard, SiloStatus, SiloUpdate
 from dept_ray.rounds.control import Control
-from dept_ray.rounds.membership import choose, judge, refusal
-from dept_ray.rounds.store import RunStore
+from dept_ray.rounds.membership import choose, deadline_s, judge, refusal
+from dept_ray.rounds.pool import Deadline
+from dept_ray.rounds.store import RunStore, load_round, run_folder
 from dept_ray.rounds.train import train
 
 SILOS = ("a", "b", "c", "d", "e")
@@ -91,7 +93,9 @@ def test_the_answer_to_the_order_counts():
         ({"run": "other"}, "'other'.*asked was.*'tiny'"),
         ({"silo": "b"}, "'b'.*asked was.*'a'"),
         ({"round": 6}, "6.*asked was.*7"),
-        ({"attempt": 0}, "7, 0.*asked was.*7, 1"),
+        ({"attempt": 0}, "7, 0, 0.*asked was.*7, 0, 1"),
+        ({"life": 2}, "7, 2, 1.*asked was.*7, 0, 1"),
+        ({"scores": {"b": None}}, "scores b, which it does not train on"),
         ({"fingerprint": "beef"}, "'beef'.*asked was.*'f00d'"),
         ({"body": None}, "body: missing"),
         ({"rows": None}, "rows: missing"),
@@ -133,7 +137,7 @@ def test_who_only_scores_trains_no_token_and_sends_no_array():
 
 
 def orders_for(silos: tuple[str, ...]) -> dict[str, RoundOrder]:
-    return {name: replace(ORDER, silo=name, body=None, rows=None) for name in silos}
+    return {name: replace(ORDER, silo=name, position={name: 3}, body=None, rows=None) for name in silos}
 
 
 @pytest.mark.parametrize(
@@ -151,10 +155,85 @@ def test_a_quorum_is_a_share_rounded_up(quorum, silos, needed):
         assert verdict.refused == dict.fromkeys(names[count:], "no answer")
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"tokens": 16}, "claims 16 tokens for 1 steps, worth 8"),
+        ({"position": {"b": 3}}, r"stands at \{'b': 3\} after 1 steps from \{'b': 3\}, worth 1 blocks"),
+        ({"position": {"b": 40}}, "stands at"),
+        ({"position": {"b": 4, "c": 0}}, "stands at"),
+        ({"position": {}}, "stands at"),
+        ({"snapshot": "000006-0-1"}, "names snapshot 000006-0-1, asked was 000007-0-1"),
+        ({"snapshot": None}, "names snapshot None"),
+    ],
+)
+def test_a_silo_cannot_claim_other_than_its_steps_are_worth(change, reason):
+    orders = orders_for(("a", "b"))
+    answers = {name: an_answer(name, order=orders[name]) for name in orders}
+    assert judge(job_of(), orders, answers).refused == {}
+    answers["b"] = replace(answers["b"], **change)
+    refused = judge(job_of(), orders, answers).refused
+    assert list(refused) == ["b"]
+    assert re.search(reason, refused["b"])
+
+
+def test_where_sources_are_mixed_positions_add_up():
+    order = replace(ORDER, silo="mixture", position={"a": 3, "b": 5}, body=None, rows=None)
+    fair = an_answer("mixture", 16, order=order, steps=2, position={"a": 5, "b": 5})
+    for answer, counts in ((fair, True), (replace(fair, position={"a": 7, "b": 3}), False)):
+        assert judge(job_of(), {"mixture": order}, {"mixture": answer}).commit == counts
+
+
 def test_the_uninvited_are_not_heard():
     orders = orders_for(("a", "b"))
     answers = {name: an_answer(name, order=orders["a"]) for name in ("a", "z")}
     assert list(judge(job_of(), orders, answers).accepted) == ["a"]
+
+
+def lengths(norms: dict[str, float], steps: dict[str, int] | None = None, **faults: object) -> dict[str, str]:
+    """Who is refused of those whose body's delta has these norms."""
+    orders = {name: replace(ORDER, silo=name, position={name: 0}, steps=9, rows=None) for name in norms}
+    answers = {
+        name: an_answer(name, 8 * each, np.full(6, norm / math.sqrt(6)), order=orders[name], steps=each)
+        for name, norm in norms.items()
+        if (each := (steps or {}).get(name, 2))
+    }
+    return judge(job_of(silos=tuple(norms), **faults), orders, answers).refused
+
+
+def test_a_delta_of_over_three_medians_is_refused_and_one_of_under_three_is_not():
+    assert lengths({"a": 1, "b": 1.2, "c": 0.9, "d": 2.9}) == {}
+    assert lengths({"a": 1, "b": 1.2, "c": 0.9, "d": 3.4}) == {"d": "body: norm 3.4 is over 3 times the round's median"}
+    assert lengths({"a": 1, "b": 99}) == {}  # who of two is wrong?
+
+
+def test_who_made_more_steps_may_have_gone_further_and_who_made_fewer_may_not():
+    norms = {"a": 1, "b": 1, "c": 1, "d": 7}
+    assert lengths(norms, {"d": 8}) == {}
+    assert list(lengths(norms, {"d": 4})) == ["d"]
+    assert list(lengths(norms, {"a": 8, "b": 8, "c": 8})) == ["d"]
+
+
+def test_who_owns_more_rows_may_move_more_of_them():
+    def refused(rows: dict[str, int], norm: float) -> list[str]:
+        orders, answers = {}, {}
+        for name, count in rows.items():
+            sent = np.zeros((count, 1), np.float32)
+            orders[name] = replace(ORDER, silo=name, position={name: 3}, body=None, rows=sent)
+            delta = np.full_like(sent, norm if name == "d" else 1.0) / math.sqrt(count)
+            answers[name] = an_answer(name, rows=delta, order=orders[name])
+        return list(judge(job_of(), orders, answers).refused)
+
+    assert refused({"a": 4, "b": 4, "c": 4, "d": 64}, 11.0) == []
+    assert refused({"a": 4, "b": 4, "c": 4, "d": 64}, 13.0) == ["d"]
+    assert refused({"a": 64, "b": 64, "c": 64, "d": 4}, 3.5) == ["d"]
+
+
+def test_without_a_past_the_deadline_follows_most_of_those_who_answered():
+    faults = FaultsSection(deadline_floor_s=1, deadline_mads=2, deadline_cap_s=500)
+    assert deadline_s(faults, [], asked=4, took_s=[10, 12]) == 500
+    assert deadline_s(faults, [], asked=4, took_s=[10, 12, 14]) == 16
+    assert deadline_s(faults, [20, 22, 24], asked=4, took_s=[10, 12, 14]) == 26
 
 
 class FakePool:
@@ -168,11 +247,14 @@ class FakePool:
     def cards(self) -> dict[str, SiloCard]:
         return {source.name: a_card(source.name) for source in self.job.sources}
 
-    def open(self, job: Job) -> None:
-        assert job == self.job
+    def open(self, job: Job, first: Job) -> None:
+        assert job == first == self.job
 
     def add(self, job: Job, silo: str) -> None:
         raise AssertionError(silo)
+
+    def hand_in(self) -> None:
+        raise AssertionError
 
     def ready(self) -> set[str]:
         return set(self.cards)
@@ -180,7 +262,7 @@ class FakePool:
     def failed(self) -> dict[str, str]:
         return {}
 
-    def run_round(self, orders: Mapping[str, RoundOrder], deadline_s: float) -> dict[str, SiloUpdate | Exception]:
+    def run_round(self, orders: Mapping[str, RoundOrder], deadline: Deadline) -> dict[str, SiloUpdate | Exception]:
         self.asked.append(dict(orders))
         return {name: answer for name, order in orders.items() if (answer := self.answers(order)) is not None}
 
@@ -217,6 +299,9 @@ def test_a_second_attempt_that_succeeds_counts_and_the_refused_are_on_record(tmp
     records: list[dict] = []
     state = train(job, pool, RunStore(job), records.append, Control())
     assert (records[0]["attempt"], records[0]["refused"]) == (1, {})
+    assert records[0]["failed"] == [{"attempt": 0, "refused": {"b": "no answer", "c": "no answer"}}]
+    body = load_round(run_folder(job), 1)[0].body.nbytes
+    assert records[0]["sent_bytes"] == {"down": 6 * body, "up": 4 * body}  # what was sent in vain was sent
     assert sorted(records[0]["silos"]) == ["a", "b", "c"]
     assert state.silos["a"].tokens == 16  # what the lost attempt trained does not count
 
@@ -238,5 +323,5 @@ def test_a_late_answer_to_the_attempt_before_is_refused(tmp_path):
             return an_answer("c", 32, np.ones_like(order.body), order=order, attempt=order.attempt - 1)
         return obedient(order)
 
-    with pytest.raises(QuorumLost, match=r"c: answers \('tiny', 'c', 0, 1.*asked was \('tiny', 'c', 0, 2"):
+    with pytest.raises(QuorumLost, match=r"c: answers \('tiny', 'c', 0, 0, 1.*asked was \('tiny', 'c', 0, 0, 2"):
         train(job, FakePool(job, answers), RunStore(job), lambda record: None, Control())

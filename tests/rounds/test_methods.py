@@ -2,8 +2,10 @@
 
 import pytest
 
-from dept_ray.config import METHOD_NAMES, Job, parse_job
+from dept_ray.config import Job
 from dept_ray.errors import ConfigError
+from dept_ray.jobfile import parse_job
+from dept_ray.method_names import METHOD_NAMES
 from dept_ray.rounds.methods import METHODS, method_of, silos_of, silos_per_round
 
 
@@ -20,7 +22,7 @@ def job_of(method: str, vocabulary: str | None = None, names: tuple[str, ...] = 
 
 
 def test_every_method_that_a_job_may_name_is_a_row_under_its_own_name():
-    assert set(METHODS) == set(METHOD_NAMES)
+    assert tuple(METHODS) == METHOD_NAMES
     assert all(name == method.name for name, method in METHODS.items())
 
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 from tiny import a_card, an_answer
 
-from dept_ray.config import Job, parse_job
+from dept_ray.config import Job
+from dept_ray.jobfile import parse_job
+from dept_ray.rounds import outer
 from dept_ray.rounds.outer import outer_step, weights_of
 from dept_ray.rounds.state import RunState, SiloRecord
 
@@ -108,12 +110,22 @@ def test_a_source_s_weight_multiplies_its_tokens():
     assert weights_of(job_of({"a": 3.0, "c": 4.0}), answers) == {"a": 300 / 800, "b": 300 / 800, "c": 200 / 800}
 
 
+def test_a_vector_longer_than_what_is_folded_at_a_time_arrives_whole():
+    draw, size = np.random.default_rng(0), 2 * outer._CHUNK + 7
+    deltas = {name: draw.standard_normal(size).astype(np.float32) for name in "cab"}
+    weights = {"a": 0.5, "b": 0.3, "c": 0.2}
+    expected = np.zeros(size, np.float32)
+    for name in sorted(deltas):
+        expected += deltas[name] * np.float32(weights[name])
+    np.testing.assert_array_equal(outer.weighted_mean(deltas, weights), expected)
+
+
 def test_only_those_who_answered_count():
     answers = {"a": an_answer("a", 100, [4, 0]), "c": an_answer("c", 300, [0, 4])}
     after = outer_step(job_of(), body_state([1, 1]), answers, CARDS)
     np.testing.assert_array_equal(after.body, np.float32([2, 4]))
     assert after.silos["b"] == SiloRecord(position={"b": 0})
-    assert after.silos["a"] == SiloRecord("000000-0", {"a": 100}, rounds=1, tokens=100)
+    assert after.silos["a"] == SiloRecord("000000-0-0", {"a": 1}, rounds=1, tokens=100)
     assert after.round == 1
 
 

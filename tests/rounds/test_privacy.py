@@ -23,7 +23,7 @@ from dept_ray.config import Job
 from dept_ray.messages import RoundOrder, SiloUpdate
 from dept_ray.metrics import JsonLines, Log, TensorBoard, read_records
 from dept_ray.rounds.control import Control
-from dept_ray.rounds.pool import LocalPool
+from dept_ray.rounds.pool import Deadline, LocalPool
 from dept_ray.rounds.state import RunState
 from dept_ray.rounds.store import RunStore
 from dept_ray.rounds.train import train
@@ -41,8 +41,8 @@ class Tapped(LocalPool):
         self.messages: list[Any] = []
         self.rows: dict[str, list[np.ndarray]] = {}
 
-    def run_round(self, orders: Mapping[str, RoundOrder], deadline_s: float) -> dict[str, SiloUpdate | Exception]:
-        answers = super().run_round(orders, deadline_s)
+    def run_round(self, orders: Mapping[str, RoundOrder], deadline: Deadline) -> dict[str, SiloUpdate | Exception]:
+        answers = super().run_round(orders, deadline)
         self.messages += [*orders.values(), *answers.values(), *self.statuses().values(), *self.cards.values()]
         for name, silo in self.silos.items():
             self.rows.setdefault(name, []).append(silo._rows())
@@ -227,7 +227,7 @@ def test_snapshots_and_text_lie_in_the_source_s_own_storage_and_nowhere_else(ran
         assert sorted(path.name for path in own.iterdir()) == ["data", "silos"]
         snapshots = silo_folder(ran.job, name)
         assert snapshots.is_relative_to(own)
-        assert sorted(path.name for path in snapshots.iterdir()) == ["000000-0", "000001-0", "000002-0"]
+        assert sorted(path.name for path in snapshots.iterdir()) == ["000000-0-0", "000001-0-0", "000002-0-0"]
         assert sorted(path.name for path in (own / "silos" / ran.job.name).iterdir()) == [name]
         assert sorted(path.name for path in (own / "data").iterdir()) == [name]
         assert list((own / "data" / name).rglob("*.tokens"))

@@ -62,7 +62,7 @@ def test_what_is_loaded_is_what_was_saved(job):
 
 
 def test_a_state_without_tensors_is_saved_too(job):
-    alone = RunState(1, {"mixture": SiloRecord("000000-0", {"a": 3, "b": 5}, 1, 256)})
+    alone = RunState(1, {"mixture": SiloRecord("000000-0-0", {"a": 3, "b": 5}, 1, 256)})
     RunStore(job).save(alone, record_of(1), CORPORA)
     assert_equal(RunStore(job).load(CORPORA), alone)
 

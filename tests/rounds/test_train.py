@@ -17,12 +17,13 @@ import torch
 from safetensors.torch import load_file
 from tiny import SOURCES, ready_job, write_texts
 
-from dept_ray.config import METHOD_NAMES, Job
+from dept_ray.config import Job
 from dept_ray.messages import RoundOrder, SiloUpdate
+from dept_ray.method_names import METHOD_NAMES
 from dept_ray.metrics import JsonLines, Log, read_records
 from dept_ray.rounds.control import Control
 from dept_ray.rounds.methods import METHODS
-from dept_ray.rounds.pool import LocalPool
+from dept_ray.rounds.pool import Deadline, LocalPool
 from dept_ray.rounds.state import RunState, fresh_state, rows_of
 from dept_ray.rounds.store import RunStore
 from dept_ray.rounds.train import train
@@ -38,9 +39,9 @@ class RecordingPool(LocalPool):
         self.orders: list[RoundOrder] = []
         self.updates: list[SiloUpdate] = []
 
-    def run_round(self, orders: Mapping[str, RoundOrder], deadline_s: float) -> dict[str, SiloUpdate | Exception]:
+    def run_round(self, orders: Mapping[str, RoundOrder], deadline: Deadline) -> dict[str, SiloUpdate | Exception]:
         self.orders += orders.values()
-        answers = super().run_round(orders, deadline_s)
+        answers = super().run_round(orders, deadline)
         self.updates += [answer for answer in answers.values() if isinstance(answer, SiloUpdate)]
         return answers
 
@@ -211,8 +212,8 @@ def test_a_run_killed_between_a_silo_s_snapshot_and_the_manifest_makes_the_round
         pass
 
     class KilledPool(LocalPool):
-        def run_round(self, orders: Mapping[str, RoundOrder], deadline_s: float) -> dict[str, SiloUpdate | Exception]:
-            answers = super().run_round(orders, deadline_s)
+        def run_round(self, orders: Mapping[str, RoundOrder], deadline: Deadline) -> dict[str, SiloUpdate | Exception]:
+            answers = super().run_round(orders, deadline)
             if next(iter(orders.values())).round == 1:
                 raise Killed
             return answers
@@ -237,7 +238,7 @@ def test_a_run_that_went_back_a_round_by_hand_makes_it_again(tiny, method):
     assert resumed.silos == state.silos
     assert timeless(resumed_records) == timeless(records)
     after = files_of(job)
-    assert all(after[name] == before[name] for name in after if "000003" in name or "000002-0" in name)
+    assert all(after[name] == before[name] for name in after if "000003" in name or "000002-0-0" in name)
 
 
 def test_a_finished_run_only_scores_again(tiny):
@@ -332,7 +333,7 @@ def test_act_draws_its_tokens_anew_each_round_and_keeps_the_rest(tiny):
 
 def test_act_forgets_the_moments_of_its_tokens_and_of_nothing_else(finished):
     act = finished("act")
-    moments = load_file(silo_folder(act.job, "mixture") / "000002-0" / "optimizer.safetensors")
+    moments = load_file(silo_folder(act.job, "mixture") / "000002-0-0" / "optimizer.safetensors")
     steps = {name.removesuffix(".step"): int(value) for name, value in moments.items() if name.endswith(".step")}
     assert steps == {"matrices": 12, "vectors": 12, "positions": 12, "tokens": 4}
 
@@ -348,7 +349,7 @@ def test_a_silo_that_skipped_rounds_takes_the_rate_of_the_global_step(tiny):
     for order in orders:  # its text, on the other hand, goes on from where the silo itself was
         before = [earlier for earlier in orders if earlier.silo == order.silo and earlier.round < order.round]
         assert order.position == {order.silo: 16 * len(before)}
-        assert order.after == (f"{before[-1].round:06d}-0" if before else None)
+        assert order.after == (f"{before[-1].round:06d}-0-0" if before else None)
     last = {order.silo: order for order in orders}
     for name, order in last.items():
         expected = cosine(order.first_step + 3, steps=24, warmup=2, peak=1e-2, floor=0.1)

@@ -274,6 +274,27 @@ def test_layout_fingerprints_tell_layouts_apart() -> None:
     assert Layout.of(Body(sections[0])).fingerprint in prints
 
 
+def test_what_is_shared_is_told_by_its_place_and_not_by_a_part_of_its_name() -> None:
+    """A body with parameters whose names contain each other, and the embedding's: all of them are in its vector."""
+
+    class Confusing(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for number, name in enumerate(("tokens", "tokens_norm", "norm_tokens", "positions", "wte", "wte_norm")):
+                self.register_parameter(name, torch.nn.Parameter(torch.full((2, 3 + number), float(number))))
+
+    body = Confusing()
+    layout = Layout.of(body)
+    assert sorted(layout.names) == sorted(dict(body.named_parameters()))
+    assert layout.size == sum(parameter.numel() for parameter in body.parameters())
+    flat = torch.cat([dict(body.named_parameters())[name].detach().flatten() for name in layout.names]).numpy()
+    for name, view in layout.views(flat).items():
+        assert np.array_equal(view, dict(body.named_parameters())[name].detach().numpy()), name
+    model = make_rough(SECTIONS["gpt2"])
+    shared = {f"body.{name}" for name in Layout.of(model.body).names}
+    assert {name for name, _ in model.named_parameters()} - shared == {"embedding.tokens", "embedding.positions"}
+
+
 def test_layout_views_share_memory_with_numpy_and_torch() -> None:
     layout = Layout.of(Body(SECTIONS["gpt2"]))
     flat = np.zeros(layout.size, np.float32)

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from dept_ray.config import METHOD_NAMES, Job
+from dept_ray.config import Job
 from dept_ray.draws import checksum
 from dept_ray.errors import ShardError, SiloError, StoreError
 from dept_ray.messages import RoundOrder, SiloUpdate
+from dept_ray.method_names import METHOD_NAMES
 from dept_ray.rounds.methods import METHODS
 from dept_ray.rounds.pool import specs_of
 from dept_ray.rounds.state import fresh_state
@@ -98,7 +99,7 @@ def test_scoring_alone_changes_nothing_and_saves_nothing(tiny, open_silo):
     scored = silo.obey(dataclasses.replace(second, steps=0))
     assert (scored.snapshot, scored.tokens, scored.body, scored.rows) == (None, 0, None, None)
     assert math.isnan(scored.loss)
-    assert [path.name for path in silo_folder(job, "code").iterdir()] == ["000000-0"]
+    assert [path.name for path in silo_folder(job, "code").iterdir()] == ["000000-0-0"]
     assert_same(silo.obey(second), untouched.obey(second))
 
 
@@ -141,8 +142,8 @@ def test_a_snapshot_that_is_gone_is_told(tiny, open_silo):
     job = tiny("spec")
     silo = open_silo(job)
     order = first_order(job, silo)
-    with pytest.raises(StoreError, match=r"snapshot .*000041-0 cannot be read"):
-        silo.obey(dataclasses.replace(order, after="000041-0"))
+    with pytest.raises(StoreError, match=r"snapshot .*000041-0-0 cannot be read"):
+        silo.obey(dataclasses.replace(order, after="000041-0-0"))
     assert silo.obey(order).steps == 4  # and it is still good for a sound order
 
 

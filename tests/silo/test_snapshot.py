@@ -86,21 +86,18 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path):
 
 
 def test_pruning_keeps_the_current_one_those_before_and_whatever_ran_ahead(tmp_path):
-    names = [
-        snapshot_name(round, attempt) for round, attempt in ((1, 0), (2, 0), (5, 0), (7, 0), (7, 1), (8, 0), (10, 0))
-    ]
+    moments = ((1, 1, 0), (2, 1, 0), (5, 1, 0), (7, 2, 0), (7, 10, 0), (8, 10, 1), (8, 10, 11), (9, 10, 0), (10, 1, 0))
+    names = [snapshot_name(*moment) for moment in moments]
+    for name in [*names, "notes"]:
+        save_snapshot(tmp_path / name, {}, STATE)
+    for _ in range(2):
+        prune_snapshots(tmp_path, names[5], names[7], count=2, keep=[names[1]])
+        assert {path.name for path in tmp_path.iterdir()} == {names[1], *names[3:6], *names[7:], "notes"}
+
+
+def test_pruning_after_nothing_drops_only_what_was_lost(tmp_path):
+    names = [snapshot_name(0, life, attempt) for life, attempt in ((1, 0), (9, 3), (10, 0))]
     for name in names:
         save_snapshot(tmp_path / name, {}, STATE)
-    prune_snapshots(tmp_path, snapshot_name(8, 0), keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == names[3:]
-    prune_snapshots(tmp_path, snapshot_name(8, 0), keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == names[3:]
-
-
-def test_pruning_a_folder_that_is_not_there_is_no_error(tmp_path):
-    prune_snapshots(tmp_path / "nothing", "000001-0", keep=1)
-
-
-def test_names_sort_by_round_and_attempt():
-    moments = [(0, 0), (0, 2), (1, 0), (9, 0), (10, 0), (123456, 1)]
-    assert [snapshot_name(*moment) for moment in moments] == sorted(snapshot_name(*moment) for moment in moments)
+    prune_snapshots(tmp_path, None, names[-1], count=2)
+    assert [path.name for path in tmp_path.iterdir()] == names[-1:]

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dept_ray.config import Job, parse_job
+from dept_ray.config import Job
 from dept_ray.draws import generator
 from dept_ray.errors import SourceError, VocabularyError
+from dept_ray.jobfile import parse_job
 from dept_ray.text import prepare as prepare_module
 from dept_ray.text import tasks
 from dept_ray.text.prepare import (

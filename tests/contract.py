@@ -1,0 +1,147 @@
+"""What every `SiloPool` owes: the same truths for silos in this process and for actors that really die.
+
+A test module that has a fixture `harness` runs these by inheriting `PoolContract` (tests/rounds/test_pool.py,
+tests/on_ray/test_contract.py).
+"""
+
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from faults import Ordeal, relive
+from faulty_silo import FAULTS, Moment, reads_of
+from ordeals import NEWCOMER, compare, newcomer, smallest
+
+from dept_ray.config import Job
+from dept_ray.errors import SiloError
+from dept_ray.messages import Change
+from dept_ray.metrics import JsonLines, Log, read_records
+from dept_ray.rounds.control import Control
+from dept_ray.rounds.pool import LocalPool, SiloPool
+from dept_ray.rounds.store import RunStore
+from dept_ray.rounds.train import train
+
+
+@dataclass
+class Harness:
+    """Makes pools of one kind, whose silos fail as planned."""
+
+    make: Callable[[Mapping[Moment, str], Path], SiloPool]
+
+
+def endure_once(
+    harness: Harness, job: Job, plan: Mapping[Moment, str], asks: Mapping[int, list[Change]] | None = None,
+    notes: Path | None = None, stop_after: int | None = None,
+) -> Ordeal:  # fmt: skip
+    """One life of a run; `asks` are changes by the number of committed rounds."""
+    notes = notes or Path(job.folder) / "notes"
+    pool, control, store, asks = harness.make(plan, notes), Control(), RunStore(job), asks or {}
+
+    def watch(record: dict[str, Any]) -> None:
+        if record["event"] == "round":
+            for change in asks.get(record["round"], []):
+                control.change(change)
+            if record["round"] == stop_after:
+                control.stop()
+
+    try:
+        state = train(job, pool, store, Log(JsonLines(store.metrics), watch), control)
+    finally:
+        pool.close()
+    lost = {moment: FAULTS[fault] for moment, fault in plan.items() if FAULTS[fault]}
+    return Ordeal(job, state, read_records(store.metrics), lost, reads_of(notes), 1, [], [])
+
+
+class PoolContract:
+    """The truths; `harness` is a fixture of the module that inherits them."""
+
+    @pytest.mark.parametrize("method", ["spec-opt", "trim"])
+    def test_what_was_lost_had_simply_not_been_chosen(self, harness, prepared, tmp_path, monkeypatch, method):
+        """Silos die before, within and after, raise, send NaN, repeat themselves, are late; others join and leave."""
+        plan = {
+            (0, 0, "latin"): "dies within", (1, 0, "code"): "raises", (2, 0, "numbers"): "nan",
+            (3, 0, "latin"): "dies after", (4, 0, "code"): "late", (4, 0, "numbers"): "duplicate",
+            (5, 0, "code"): "dies before",
+        }  # fmt: skip
+        asks = {1: [{"add": newcomer(prepared)}], 3: [{"drop": "numbers"}], 4: [{"return": "numbers"}]}
+        overrides = {"rounds": {"total": 7}, "inner": {"optimizer_state": "keep"}, "outer": {"preset": "nesterov"}}
+        ordeal = endure_once(harness, smallest(prepared, tmp_path / "ordeal", method, **overrides), plan, asks)
+        compare(ordeal, relive(ordeal, smallest(prepared, tmp_path / "reference", method, **overrides), monkeypatch))
+        late = ordeal.rounds[4]["silos"]["code"]
+        assert (late["steps"], late["tokens"]) == (1, 32)
+        assert NEWCOMER in ordeal.rounds[-1]["silos"]
+        assert [r["away"] for r in ordeal.rounds] == [{}] * 3 + [{"numbers": "dropped"}] + [{}] * 3
+
+    def test_who_always_fails_is_set_aside_with_its_reason(self, harness, prepared, tmp_path):
+        plan = {(round, 0, "latin"): "raises" for round in range(4)}
+        job = smallest(prepared, tmp_path, "trim", rounds={"total": 3}, faults={"failures": 2})
+        ordeal = endure_once(harness, job, plan)
+        assert ["latin" in r["refused"] for r in ordeal.rounds] == [True, True, False]
+        told = r"set aside after 2 failures in a row, the last: .*the fan is broken"
+        assert re.fullmatch(told, ordeal.state.silos["latin"].away)
+        assert ordeal.state.silos["code"].rounds == 3
+
+    def test_a_round_that_is_hurried_ends_with_what_its_silos_have(self, harness, prepared, tmp_path):
+        job = smallest(prepared, tmp_path, "spec", inner={"local_steps": 40_000}, rounds={"total": 2})
+        pool, records = harness.make({}, tmp_path / "notes"), list[dict[str, Any]]()
+        done = threading.Event()
+
+        def hurry() -> None:
+            while not done.is_set():
+                if any(silo.doing == "training" for silo in pool.statuses().values()):
+                    pool.hand_in()
+                time.sleep(0.1)
+
+        hand = threading.Thread(target=hurry, daemon=True)
+        hand.start()
+        try:
+            state = train(job, pool, RunStore(job), records.append, Control())
+        finally:
+            done.set()
+            pool.close()
+        hand.join()
+        steps = [silo["steps"] for record in records[:2] for silo in record["silos"].values()]
+        assert len(steps) == 6
+        assert all(0 < each < 40_000 for each in steps)
+        assert {n: s.tokens for n, s in state.silos.items()} == {n: s.position[n] * 16 for n, s in state.silos.items()}
+
+    def test_the_ledger_says_where_the_time_went(self, harness, prepared, tmp_path):
+        job = smallest(prepared, tmp_path, "spec", rounds={"total": 2, "score_every": 1})
+        records = endure_once(harness, job, {}).rounds
+        for record in records:
+            for silo in record["silos"].values():
+                assert set(silo["seconds"]) == {"load", "score", "train", "save", "send", "wait"}
+                assert min(silo["seconds"].values()) >= 0
+            assert min(silo["seconds"]["wait"] for silo in record["silos"].values()) == 0
+            assert all(sum(silo["seconds"].values()) <= record["seconds"] + 0.01 for silo in record["silos"].values())
+
+    def test_what_keeps_a_silo_from_opening_comes_back_as_our_own_error(self, harness, prepared, tmp_path):
+        job = smallest(prepared, tmp_path, "spec", inner={"batch_size": 4096})
+        with pytest.raises(SiloError, match=r"fewer than one batch \(inner\.batch_size = 4096\)"):
+            endure_once(harness, job, {})
+
+    def test_resume_is_exact_though_a_silo_joined_and_another_left_between_the_halves(
+        self, harness, prepared, tmp_path
+    ):
+        """Stopped, and gone on with on `LocalPool`: a run may change its place."""
+        overrides = {
+            "rounds": {"total": 6, "keep": 9}, "inner": {"optimizer_state": "keep"},
+            "model": {"width": 96},  # a body larger than what Ray sends inside a call
+        }  # fmt: skip
+        first, second = {1: [{"add": newcomer(prepared)}], 2: [{"drop": "code"}]}, {4: [{"return": "code"}]}
+        here = Harness(lambda plan, notes: LocalPool())
+        job = smallest(prepared, tmp_path / "halves", "trim", **overrides)
+        endure_once(harness, job, {}, first, stop_after=3)
+        halves = endure_once(here, job, {}, second)
+        joined = next(r["round"] for r in halves.rounds if NEWCOMER in r["silos"])
+        asks = {2: first[2], **second}
+        asks[joined - 1] = [*first[1], *asks.get(joined - 1, [])]  # its text takes a moment to prepare on a cluster
+        whole = endure_once(here, smallest(prepared, tmp_path / "whole", "trim", **overrides), {}, asks)
+        assert all(torch.equal(halves.state.tensors[n], tensor) for n, tensor in whole.state.tensors.items())
+        assert [sorted(r["silos"]) for r in halves.rounds] == [sorted(r["silos"]) for r in whole.rounds]

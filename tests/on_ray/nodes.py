@@ -1,0 +1,103 @@
+"""Ray for tests, on loopback: of one node, or of several that can be killed, frozen and told to go."""
+
+import logging
+import os
+
+# Before Ray is loaded: every address is 127.0.0.1, and nothing listens on this machine's others.
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+QUICK_CHECKS = {
+    "health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_timeout_ms": 500,
+    "health_check_failure_threshold": 4,
+}  # fmt: skip
+"""A frozen node is dead after some two seconds instead of a minute; for tests only."""
+
+
+def connect(**options: Any) -> None:
+    """Make this process a driver, quietly."""
+    import ray
+
+    from dept_ray.on_ray.cluster import NAMESPACE
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ray.init(namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR, **options)
+
+
+def until(fact: Callable[[], bool], within_s: float = 300) -> None:
+    """Wait for a fact."""
+    deadline = time.monotonic() + within_s
+    while not fact():
+        assert time.monotonic() < deadline, "it did not come true"
+        time.sleep(0.05)
+
+
+class Nodes:
+    """A cluster whose nodes can be killed, frozen and told to go. Each silo has a node, told by a label."""
+
+    def __init__(self, cluster: Any) -> None:
+        self.cluster = cluster
+        self.home: dict[str, Any] = {}
+        """By silo: the node that is its own now."""
+
+    def add(self, silo: str, **more: Any) -> None:
+        # What ends its processes when this one ends is a signal handler, which only the main thread can set.
+        self.cluster._shutdown_at_exit = threading.current_thread() is threading.main_thread()
+        self.home[silo] = self.cluster.add_node(
+            wait=False, num_cpus=1, labels={"silo": silo},
+            object_store_memory=80 << 20, **more,
+        )  # fmt: skip
+
+    def kill(self, silo: str) -> None:
+        os.kill(self._raylet(silo), signal.SIGKILL)
+
+    def freeze(self, silo: str, pid: int) -> None:
+        """Node and silo stand still, as behind a network that fell silent."""
+        os.kill(pid, signal.SIGSTOP)
+        os.kill(self._raylet(silo), signal.SIGSTOP)
+
+    def drain(self, silo: str) -> str:
+        """The notice that precedes a preemption; the node goes on for now. Returns its id."""
+        from ray._raylet import GcsClient
+        from ray.core.generated import autoscaler_pb2
+
+        node = self.home[silo].node_id
+        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        in_a_minute = int((time.time() + 60) * 1000)
+        accepted, _ = GcsClient(self.cluster.address).drain_node(node, reason, "the spot price rose", in_a_minute)
+        assert accepted
+        return node
+
+    def _raylet(self, silo: str) -> int:
+        return self.home[silo].all_processes["raylet"][0].process.pid
+
+
+@contextmanager
+def cluster_of(*silos: str) -> Iterator[Nodes]:
+    """A head and a node for each silo; this process is on the head."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    ray.shutdown()
+    head = {
+        "num_cpus": 2, "include_dashboard": False,
+        "object_store_memory": 100 << 20, "_system_config": QUICK_CHECKS,
+    }  # fmt: skip
+    nodes = Nodes(cluster := Cluster(initialize_head=True, head_node_args=head))
+    try:
+        for silo in silos:
+            nodes.add(silo)
+        cluster.wait_for_nodes()
+        connect(address=cluster.address)
+        yield nodes
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
