@@ -154,8 +154,10 @@ class CoordinatorActor:
         """The job with all changes that were made, and those that were asked for and are not made yet."""
         made = [r["change"] for r in self.records if r["event"] == "change" and "refused" not in r]
         changes = [*made, *self.control.pending]
-        if self._asked_for[0] != changes:
-            self._asked_for = (changes, changed(self.job, changes))
+        known, job = self._asked_for
+        if changes[: len(known)] != known:
+            known, job = [], self.job
+        self._asked_for = (changes, changed(job, changes[len(known) :]))
         return self._asked_for[1]
 
     async def _open_to_asking(self) -> None:
