@@ -119,7 +119,7 @@ class CoordinatorActor:
         """Keep the round in progress, or the last one, for good; its number.
 
         Raises:
-            RunError: there is none yet.
+            RunError: the run is over.
         """
         await self._open_to_asking()
         return self.control.checkpoint()
