@@ -1,7 +1,6 @@
 """What many tests share: the tiny job's text, prepared once per session under each kind of vocabulary."""
 
 import gc
-import importlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,7 +34,6 @@ def _no_waiting_for_disks() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def _modules_are_no_garbage() -> None:
     """Each full collection would look through all that the libraries hold anew, about a fifth of a second."""
-    importlib.import_module("torch._dynamo")  # which the first optimizer needs
     gc.collect()
     gc.freeze()
 

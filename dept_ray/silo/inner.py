@@ -16,6 +16,7 @@ import torch
 from dept_ray.config import Job
 from dept_ray.silo.hardware import Hardware
 from dept_ray.silo.model import Embedding, LanguageModel, Layout
+from dept_ray.silo.optimizer import AdamW, Group
 
 _WATCH_EVERY_S = 1.0
 
@@ -34,22 +35,22 @@ def cosine(step: int, *, steps: int, warmup: int, peak: float, floor: float) -> 
 
 def make_optimizer(
     job: Job, body: torch.Tensor, layout: Layout, body_grad: torch.Tensor, embedding: Embedding
-) -> torch.optim.AdamW:
+) -> AdamW:
     """AdamW over the flat body (matrices, then vectors), the tokens and the positions; decay on matrices only."""
 
-    def part(start: int, stop: int) -> torch.nn.Parameter:
-        parameter = torch.nn.Parameter(body[start:stop])
-        parameter.grad = body_grad[start:stop]
-        return parameter
+    def part(start: int, stop: int) -> torch.Tensor:
+        tensor = body[start:stop].detach()
+        tensor.grad = body_grad[start:stop]
+        return tensor
 
     groups = [
-        {"params": [part(0, layout.matrix_size)], "weight_decay": job.inner.weight_decay, "name": "matrices"},
-        {"params": [part(layout.matrix_size, layout.size)], "weight_decay": 0.0, "name": "vectors"},
-        {"params": [embedding.tokens], "weight_decay": 0.0, "name": "tokens"},
+        Group("matrices", part(0, layout.matrix_size), job.inner.weight_decay),
+        Group("vectors", part(layout.matrix_size, layout.size), 0.0),
+        Group("tokens", embedding.tokens, 0.0),
     ]
     if embedding.positions is not None:
-        groups.append({"params": [embedding.positions], "weight_decay": 0.0, "name": "positions"})
-    return torch.optim.AdamW(groups, lr=job.inner.lr, betas=job.inner.betas, eps=job.inner.eps, fused=True)
+        groups.append(Group("positions", embedding.positions, 0.0))
+    return AdamW(groups, job.inner.betas, job.inner.eps)
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Schedule:
 def train_steps(
     model: LanguageModel,
     loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    optimizer: torch.optim.AdamW,
+    optimizer: AdamW,
     batches: Iterable[np.ndarray],
     *,
     job: Job,
@@ -120,16 +121,15 @@ def train_steps(
     """
     inner = job.inner
     losses = torch.zeros(max(schedule.steps, 1), device=hardware.device)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     done, began, watched = 0, time.perf_counter(), time.perf_counter()
     tokens_per_step = inner.batch_size * inner.context
     model.train()
-    optimizer.zero_grad(set_to_none=False)  # a round that broke off in the middle of a step left its own there
+    optimizer.zero_grad()  # a round that broke off in the middle of a step left its own there
     for batch in batches:
         if done and should_stop():  # who is asked to hand in what it has should have something
             break
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.rate(group["name"], done)
+        for group in optimizer.groups:
+            group.lr = schedule.rate(group.name, done)
         ids = torch.from_numpy(batch.astype(np.int64))
         if hardware.device_type == "cuda":
             ids = ids.pin_memory().to(hardware.device, non_blocking=True)
@@ -138,9 +138,9 @@ def train_steps(
                 loss = loss_of(rows[:, :-1], rows[:, 1:]) / tokens_per_step
                 loss.backward()
                 losses[done] += loss.detach()
-        torch.nn.utils.clip_grad_norm_(parameters, inner.clip)
+        torch.nn.utils.clip_grad_norm_(optimizer.tensors, inner.clip)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
+        optimizer.zero_grad()
         done += 1
         now = time.perf_counter()
         if now - watched > _WATCH_EVERY_S:

@@ -22,6 +22,7 @@ from dept_ray.messages import RoundOrder, Score, SiloCard, SiloSpec, SiloStatus,
 from dept_ray.silo.hardware import choose_hardware
 from dept_ray.silo.inner import Schedule, Trained, make_optimizer, train_steps
 from dept_ray.silo.model import Body, Embedding, LanguageModel, flatten_parameters, initialise, layout_of
+from dept_ray.silo.optimizer import AdamW
 from dept_ray.silo.score import score_corpus
 from dept_ray.silo.snapshot import load_snapshot, prune_snapshots, save_snapshot, snapshot_name
 from dept_ray.text.prepare import corpus_folder
@@ -153,7 +154,6 @@ class Silo:
             trained = self._train(order)
         self._stop_at = None
         position = self.stream.advance(order.position, trained.steps)
-        self.stream.read_ahead(position, order.steps)
         self._say("saving", order)
         with self._timed("save", seconds):
             snapshot = self._save(order, position)
@@ -283,29 +283,23 @@ class Silo:
         drawn = fresh_embedding(self.job, self.vocabulary.size, self.spec.silo, round)
         with torch.no_grad():
             self.model.embedding.tokens.copy_(drawn.tokens)
-        self._optimizer.state.pop(self.model.embedding.tokens, None)
+        self._optimizer.moments.pop("tokens", None)
 
     @property
     def _keeps_moments(self) -> bool:
         return not self.spec.share_body or self.job.inner.optimizer_state == "keep"
 
-    def _new_optimizer(self) -> torch.optim.AdamW:
+    def _new_optimizer(self) -> AdamW:
         self._body_grad.zero_()
         return make_optimizer(self.job, self.body, self.layout, self._body_grad, self.model.embedding)
 
     def _moments(self) -> dict[str, torch.Tensor]:
-        return {
-            f"{group['name']}.{key}": value
-            for group in self._optimizer.param_groups
-            for key, value in self._optimizer.state.get(group["params"][0], {}).items()
-        }
+        return {f"{group}.{key}": v for group, kept in self._optimizer.moments.items() for key, v in kept.items()}
 
     def _load_moments(self, tensors: dict[str, torch.Tensor]) -> None:
-        for group in self._optimizer.param_groups:
-            prefix = group["name"] + "."
-            found = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            if found:
-                self._optimizer.state[group["params"][0]] = {k: v.to(self.hardware.device) for k, v in found.items()}
+        for name, tensor in tensors.items():
+            group, key = name.split(".")
+            self._optimizer.moments.setdefault(group, {})[key] = tensor.to(self.hardware.device)
 
     # ------------------------------------------------------------------------------------ the rest
     def _make_stream(self, read: Read) -> MixedStream:

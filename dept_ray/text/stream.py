@@ -5,11 +5,12 @@ replayed silo reads exactly what it would have read. Within an epoch the blocks 
 One source is a mixture of one: `MixedStream` draws each row's source with p_k proportional to n_k ** tau.
 
 Reading is an argument: `read(source, blocks)` is `Shards.read` in process and a bounded Ray Data dataset on a
-cluster (`on_ray.streaming`), with the same bits. The next window of blocks is read in a background thread.
+cluster (`on_ray.streaming`), with the same bits. What is next is read, a window at a time, in a background thread.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,8 +20,9 @@ from dept_ray.errors import ShardError
 Position = dict[str, int]
 Read = Callable[[str, np.ndarray], np.ndarray]
 """(source, (n,) block numbers) -> (n, context + 1) token ids."""
-WINDOW_BYTES = 64 << 20
-"""Read ahead at most this much at a time, at two bytes a token: a small round whole, a large one in pieces."""
+WINDOW_BYTES, WINDOW_STEPS = 64 << 20, 256
+"""What is read at once: no more than this, at two bytes a token, and no more batches. Windows know nothing of rounds:
+a short one takes the next of what is there."""
 
 
 class Stream:
@@ -53,6 +55,21 @@ class Stream:
         return order
 
 
+@dataclass(frozen=True)
+class _Window:
+    """Batches in memory, one after the other."""
+
+    positions: np.ndarray
+    """(steps + 1, sources): where each begins, and the last one ends."""
+    tokens: np.ndarray
+    """(steps, B, T + 1), as stored."""
+
+    def find(self, position: np.ndarray) -> int | None:
+        """Which batch begins at a position (sources,); None if none does."""
+        (found,) = np.nonzero((self.positions[:-1] == position).all(axis=1))
+        return int(found[0]) if len(found) else None
+
+
 class MixedStream:
     """Batches drawn from one or several sources.
 
@@ -78,7 +95,8 @@ class MixedStream:
         self.batch_size, self.context, self.seed, self.read = batch_size, context, seed, read
         p = np.array([weights[name] for name in self.names], dtype=np.float64)
         self._edges = np.cumsum(p / p.sum())[:-1]
-        self._ahead: tuple[tuple[Position, int], Future[np.ndarray]] | None = None
+        self._window: _Window | None = None
+        self._ahead: tuple[Position, Future[_Window]] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
 
     def start(self) -> Position:
@@ -95,42 +113,42 @@ class MixedStream:
         return {name: position[name] + int(n) for name, n in zip(self.names, drawn, strict=True)}
 
     def batches(self, position: Position, steps: int) -> Iterator[np.ndarray]:
-        """`steps` batches from a position on: (B, T + 1) token ids each, as stored."""
-        while steps > 0:
-            count = self._first_window(steps)
-            window = self._take(position, count)
-            position, steps = self.advance(position, count), steps - count
-            self.read_ahead(position, steps)  # the next window, while this one is trained
-            yield from window.reshape(count, self.batch_size, -1)
+        """`steps` batches from a position on: (B, T + 1) token ids each, as stored.
 
-    def read_ahead(self, position: Position, steps: int) -> None:
-        """Begin to read the first window of `batches(position, steps)` in the background; they raise what it raises."""
-        key = (dict(position), self._first_window(steps))
-        if steps <= 0 or (self._ahead is not None and self._ahead[0] == key):
-            return
-        if self._ahead is not None:
-            self._ahead[1].cancel()  # nobody will ask for it
-        self._ahead = (key, self._thread.submit(self._window, *key))
+        Raises:
+            ShardError: what is stored cannot be read.
+        """
+        while steps > 0:
+            window, first = self._window_with(position)
+            count = min(steps, len(window.tokens) - first)
+            position, steps = self._named(window.positions[first + count]), steps - count
+            yield from window.tokens[first : first + count]
 
     def close(self) -> None:
         """Stop reading ahead; the thread ends with the window that it is reading."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _first_window(self, steps: int) -> int:
-        """How many of the next `steps` batches are read at once."""
-        return min(steps, max(1, WINDOW_BYTES // (self.batch_size * (self.context + 1) * 2)))
-
-    def _take(self, position: Position, count: int) -> np.ndarray:
+    def _window_with(self, position: Position) -> tuple["_Window", int]:
+        """The window that holds the batch at a position, and its place in it. The next one is read meanwhile."""
+        if self._window is not None and (place := self._window.find(self._array(position))) is not None:
+            return self._window, place
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] == (position, count):
-            return ahead[1].result()
-        if ahead is not None:
-            ahead[1].cancel()
-        return self._window(position, count)
+        if ahead is not None and ahead[0] == position:
+            self._window = ahead[1].result()
+        else:
+            if ahead is not None:
+                ahead[1].cancel()  # nobody will ask for it
+            self._window = self._read(position)
+        next_up = self._named(self._window.positions[-1])
+        self._ahead = (next_up, self._thread.submit(self._read, next_up))
+        return self._window, 0
 
-    def _window(self, position: Position, steps: int) -> np.ndarray:
-        """(steps * B, T + 1) tokens: each source's share in one read, laid out by the draws."""
+    def _read(self, position: Position) -> "_Window":
+        """As many batches as a window holds: each source's share in one read, laid out by the draws."""
+        steps = max(1, min(WINDOW_STEPS, WINDOW_BYTES // (self.batch_size * (self.context + 1) * 2)))
         draws = self._draws(position, steps)
+        drawn = np.stack([(draws == i).reshape(steps, -1).sum(1) for i in range(len(self.names))], axis=1)
+        positions = np.cumsum(np.concatenate([self._array(position)[None], drawn]), axis=0)
         out: np.ndarray | None = None
         for i, name in enumerate(self.names):
             rows = np.flatnonzero(draws == i)
@@ -139,7 +157,13 @@ class MixedStream:
                 out = np.empty((len(draws), tokens.shape[1]), tokens.dtype) if out is None else out
                 out[rows] = tokens
         assert out is not None
-        return out
+        return _Window(positions, out.reshape(steps, self.batch_size, -1))
+
+    def _array(self, position: Position) -> np.ndarray:
+        return np.array([position[name] for name in self.names])
+
+    def _named(self, position: np.ndarray) -> Position:
+        return {name: int(n) for name, n in zip(self.names, position, strict=True)}
 
     def _draws(self, position: Position, steps: int) -> np.ndarray:
         """Number of the source of each row of `steps` batches: (steps * B,)."""

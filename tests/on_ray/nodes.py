@@ -32,7 +32,7 @@ def connect(**options: Any) -> None:
         ray.init(namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR, **options)
 
 
-def until(fact: Callable[[], bool], within_s: float = 300) -> None:
+def until(fact: Callable[[], bool], within_s: float = 600) -> None:
     """Wait for a fact."""
     deadline = time.monotonic() + within_s
     while not fact():

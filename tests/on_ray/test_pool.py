@@ -88,7 +88,7 @@ def test_a_late_silo_hands_in_what_it_has_and_one_that_cannot_is_made_anew(tiny:
 
     from dept_ray.on_ray.pool import RayPool
 
-    faults = {"deadline_floor_s": 1.0, "deadline_cap_s": 4.0, "grace_s": 3.0}
+    faults = {"deadline_floor_s": 1.0, "deadline_cap_s": 4.0, "grace_s": 20.0}
     job = tiny("spec", inner={"local_steps": 30_000}, rounds={"total": 2}, faults=faults)
     pool = RayPool()
 

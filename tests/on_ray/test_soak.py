@@ -94,7 +94,7 @@ def test_sixty_rounds_with_a_fault_every_few_seconds(prepared, tmp_path, monkeyp
 
 def test_three_hundred_rounds_leave_nothing_behind(prepared, tmp_path, ray_here):
     """Memory and open files of coordinator and silos, and the object store, as a slope over the rounds."""
-    job = smallest(prepared, tmp_path, "trim", inner={"local_steps": 1}, rounds={"total": 300})
+    job = smallest(prepared, tmp_path, "trim", inner={"local_steps": 3}, rounds={"total": 300})
     run, seen = Run.start(job), list[tuple[float, ...]]()
     names: tuple[str, ...] = ()
     deadline = time.monotonic() + 900
@@ -115,11 +115,10 @@ def test_three_hundred_rounds_leave_nothing_behind(prepared, tmp_path, ray_here)
         for name, memory, files in zip(names, slopes[0:-1:2], slopes[1:-1:2], strict=True)
     )
     print(f"in 100 rounds: {told}, object store {slopes[-1] / 2**10:+.1f} KiB")
-    memory = slopes[0:-1:2]
-    assert memory[0] < 4 << 20, told
-    # Not flat: Ray Data itself keeps some 70 kB of each dataset that ever was, and a silo reads one a window of text.
-    assert max(memory[1:]) < 10 << 20, told
-    assert max(slopes[1:-1:2]) < 1, told
+    # Ray Data itself keeps some 70 kB of each dataset that ever was, and a silo reads one per window: here, 85 rounds.
+    assert max(slopes[0:-1:2]) < 2 << 20, told
+    grown = rows[:, 2:-1:2].max(axis=0) - rows[0, 2:-1:2]
+    assert max(grown) < 12, told  # connections to the processes that read for Ray Data: two each, and they are few
     assert slopes[-1] < 64 << 10
 
 

@@ -352,7 +352,7 @@ def test_a_newcomer_stands_where_a_veteran_stands(prepared, tmp_path, method):
     for record in records[:2]:
         assert NEWCOMER not in record["silos"]
     assert state.silos[NEWCOMER].rounds == 2
-    rates = [[group["lr"] for group in pool.silos[name]._optimizer.param_groups] for name in (NEWCOMER, "latin")]
+    rates = [[group.lr for group in pool.silos[name]._optimizer.groups] for name in (NEWCOMER, "latin")]
     assert rates[0] == rates[1]
 
 
