@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from dept_ray.codec import CodecName
 from dept_ray.errors import ConfigError, nearest
 from dept_ray.method_names import MethodName
 
@@ -218,6 +219,14 @@ class OuterSection(Section):
         return self.momentum if self.momentum is not None else {"average": 0.0, "nesterov": 0.9}[self.preset]
 
 
+class WireSection(Section):
+    """`[wire]`: what travels between coordinator and silos."""
+
+    codec: CodecName = "fp32"
+    """Of deltas on their way up and steps on their way down: 32, 16, 8.25 or 4.25 bits a value. What rounding takes is
+    made up for later (error feedback). All but fp32 keep one more copy of the shared vectors in each silo."""
+
+
 class RoundsSection(Section):
     """`[rounds]`: how many, of whom, and how often to look."""
 
@@ -293,6 +302,7 @@ class Job(Section):
     tokenizer: TokenizerSection = TokenizerSection()
     inner: InnerSection = InnerSection()
     outer: OuterSection = OuterSection()
+    wire: WireSection = WireSection()
     rounds: RoundsSection = RoundsSection()
     faults: FaultsSection = FaultsSection()
     mixture: MixtureSection = MixtureSection()

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from dept_ray.codec import Coded, Moves
+
 
 @dataclass(frozen=True)
 class Score:
@@ -79,10 +81,12 @@ class RoundOrder:
     frozen_steps: int = 0
     """First steps of this round in which the body stands still (a newcomer trains its embedding alone)."""
     fingerprint: str = ""
-    """Digest of `body`; the silo checks what arrived against it."""
-    body: np.ndarray | None = None
-    """Flat fp32 vector of the shared body, or None where bodies stay home."""
-    rows: np.ndarray | None = None
+    """Digest of the shared body; the silo checks what arrived against it."""
+    codec: str = "fp32"
+    """Of the deltas to be sent back (`dept_ray.codec`)."""
+    body: np.ndarray | Moves | None = None
+    """Flat fp32 vector of the shared body, or how to come to it from the one held; None where bodies stay home."""
+    rows: np.ndarray | Moves | None = None
     """fp32 (V_k + L, D): the shared token rows this silo owns, then the positions; None where embeddings stay home."""
 
     def without_arrays(self) -> "RoundOrder":
@@ -114,12 +118,12 @@ class SiloUpdate:
     """Validation per source, measured before training; empty where not asked."""
     epochs: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-    """Wall seconds by what was done: load, score, train, save; its pool adds send (on the way, both ways) and wait (for
-    the round's last answer)."""
+    """Wall seconds by what was done: load, score, train, code, save; its pool adds send (on the way, both ways) and
+    wait (for the round's last answer)."""
     body_norm: float = 0.0
     """L2 norm of the body's delta."""
-    body: np.ndarray | None = None
-    rows: np.ndarray | None = None
+    body: np.ndarray | Coded | None = None
+    rows: np.ndarray | Coded | None = None
 
     def without_arrays(self) -> "SiloUpdate":
         """The answer alone; arrays travel beside it."""
@@ -141,6 +145,8 @@ class SiloStatus:
     tokens_per_s: float = 0.0
     node: str = ""
     """Ray's id of the node that it is on; empty in process, or while it has no place."""
+    holds: int = -1
+    """The round whose shared vectors it has in memory, and can be told the steps from; -1: none."""
     pid: int = 0
     """Its process, for an operator who wants to look, or to kill."""
 

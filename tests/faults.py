@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dept_ray.codec import Coded, encode
 from dept_ray.config import Job
 from dept_ray.draws import checksum
 from dept_ray.errors import QuorumLost, SiloError, StoreError
@@ -245,29 +246,39 @@ class FaultyPool(TracedPool):
 
 def poisoned(update: SiloUpdate, how: str, last: SiloUpdate | None = None) -> SiloUpdate:
     """A lie instead of an answer; where no array is sent the liar lies in the fields that are."""
-    arrays = {what: array for what in ("body", "rows") if (array := getattr(update, what)) is not None}
     if how == "wrong round":
         return replace(update, round=update.round - 1)
     if how == "duplicate":
         return last or replace(update, run="another")
-    if how == "empty":
-        return replace(update, tokens=0, steps=0, **{what: np.zeros_like(array) for what, array in arrays.items()})
-    if how == "wrong shape":
-        return replace(update, **{k: a[:-1] for k, a in arrays.items()}) if arrays else replace(update, silo="nobody")
-    if how == "nan":
-        lies = {what: array.copy() for what, array in arrays.items()}
-        for array in lies.values():
-            array.flat[-1] = np.nan
-        return replace(update, **lies) if lies else replace(update, loss=float("nan"))
-    if how == "hundredfold":
-        return replace(update, **{what: np.float32(100) * array for what, array in arrays.items()})
-    size = {"noise": 100, "quiet noise": 1}[how]
+    sent = {what: vector for what in ("body", "rows") if (vector := getattr(update, what)) is not None}
+    if not sent and how in ("nan", "wrong shape"):
+        return replace(update, loss=float("nan")) if how == "nan" else replace(update, silo="nobody")
     draw = np.random.default_rng(update.round)
-    lies = {}
-    for what, array in arrays.items():
+
+    def lie(array: np.ndarray) -> np.ndarray:
+        if how == "empty":
+            return np.zeros_like(array)
+        if how == "wrong shape":
+            return array[:-1]
+        if how == "nan":
+            array.flat[-1] = np.nan
+            return array
+        if how == "hundredfold":
+            return np.float32(100) * array
         noise = draw.standard_normal(array.shape).astype(np.float32)
-        lies[what] = noise * np.float32(size * np.linalg.norm(array) / np.linalg.norm(noise))
-    return replace(update, **lies)
+        size = {"noise": 100, "quiet noise": 1}[how]
+        return noise * np.float32(size * np.linalg.norm(array) / np.linalg.norm(noise))
+
+    none = {"tokens": 0, "steps": 0} if how == "empty" else {}
+    return replace(update, **none, **{what: _retold(vector, lie) for what, vector in sent.items()})
+
+
+def _retold(vector: np.ndarray | Coded, lie: Callable[[np.ndarray], np.ndarray]) -> np.ndarray | Coded:
+    """A delta with other values, coded as it was."""
+    if not isinstance(vector, Coded):
+        return lie(vector.copy())
+    with np.errstate(invalid="ignore"):
+        return encode(np.ascontiguousarray(lie(vector.decode())), vector.codec)[0]
 
 
 @dataclass

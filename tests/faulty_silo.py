@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from dept_ray.codec import encode
 from dept_ray.draws import checksum
 from dept_ray.errors import SiloError
 from dept_ray.messages import RoundOrder, SiloUpdate
@@ -77,8 +78,10 @@ class FaultySilo(Silo):
             return replace(self.last or update, round=order.round - 1)
         self.last = update
         if self.fault == "nan":
-            spoilt = {w: np.full_like(a, np.nan) for w in ("body", "rows") if (a := getattr(update, w)) is not None}
-            return replace(update, **spoilt)
+            sent = {w: v for w in ("body", "rows") if (v := getattr(update, w)) is not None}
+            spoilt = {w: np.full(v.shape, np.nan, np.float32) for w, v in sent.items()}
+            lossy = order.codec != "fp32"
+            return replace(update, **{w: encode(a, order.codec)[0] if lossy else a for w, a in spoilt.items()})
         return update
 
     def _traced(self, batches: Iterator[np.ndarray]) -> Iterator[np.ndarray]:

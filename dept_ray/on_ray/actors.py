@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import ray
 
+from dept_ray.codec import Coded, Moves
 from dept_ray.config import Job
 from dept_ray.errors import DeptError, RunError, ShardError, SiloError, StoreError
 from dept_ray.messages import Change, RoundOrder, RunStatus, SiloCard, SiloSpec, SiloStatus, SiloUpdate
@@ -46,8 +47,8 @@ class SiloActor:
 
     @ray.method(num_returns=3)
     def obey(
-        self, order: RoundOrder, body: np.ndarray | None, rows: np.ndarray | None
-    ) -> tuple[SiloUpdate, np.ndarray | None, np.ndarray | None]:
+        self, order: RoundOrder, body: np.ndarray | Moves | None, rows: np.ndarray | Moves | None
+    ) -> tuple[SiloUpdate, np.ndarray | Coded | None, np.ndarray | Coded | None]:
         assert self.silo is not None, "ordered before it was asked for its card"
         try:
             update = self.silo.obey(replace(order, body=body, rows=rows))

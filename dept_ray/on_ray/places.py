@@ -163,6 +163,7 @@ class Places:
                 self.note(replace(self._statuses[name], doing="waiting"))
             except RayError as err:
                 self._try_again(name, explain(err), _is_data(err))
+        self.poll([refs[ref] for ref in opened if refs[ref] in self.cards])  # what they hold
 
     def _unhang(self) -> None:
         """Make anew who has a process and does not open; who has no place waits on."""

@@ -7,7 +7,7 @@ A record of event "round" has
     loss        mean training loss of the round, nats per token, weighted by tokens
     sent_bytes  {down, up}: of this round's orders and answers, those of failed attempts and refused silos too
     silos       by silo: tokens, steps, loss, epochs by source, norm and cosine (to the mean) of the body's delta,
-                down_bytes, up_bytes, seconds {load, score, train, save, send (on the way, both ways),
+                down_bytes, up_bytes, seconds {load, score, train, code, save, send (on the way, both ways),
                 wait (for the round's last answer)}
     refused     by silo: why its answer did not count
     failed      attempts before this one that found no quorum: a list of {attempt, refused}; absent if none
@@ -72,7 +72,7 @@ def round_record(
     moved = None
     if before.body is not None and after.body is not None:
         moved = after.body.numpy() - before.body.numpy()
-    silos = {name: _silo(last.down_bytes[name], update, moved) for name, update in updates.items()}
+    silos = {n: _silo(last.down_bytes[n], last.up_bytes[n], update, moved) for n, update in updates.items()}
     record: dict[str, Any] = {
         "event": "round",
         "run": job.name,
@@ -140,20 +140,20 @@ def scores_record(scores: Mapping[str, Score]) -> dict[str, Any]:
 
 
 def payload_bytes(message: "RoundOrder | SiloUpdate") -> int:
-    """Bytes of the vectors in a message; the rest is some hundred bytes."""
+    """Bytes of the vectors in a message, as they travel; the rest is some hundred bytes."""
     return sum(array.nbytes for array in (message.body, message.rows) if array is not None)
 
 
-def _silo(down_bytes: int, update: SiloUpdate, moved: np.ndarray | None) -> dict[str, Any]:
+def _silo(down_bytes: int, up_bytes: int, update: SiloUpdate, moved: np.ndarray | None) -> dict[str, Any]:
     return {
         "tokens": update.tokens,
         "steps": update.steps,
         "loss": update.loss,
         "epochs": {source: round(epochs, 4) for source, epochs in update.epochs.items()},
         "norm": update.body_norm,
-        "cosine": _cosine(update.body, moved),
+        "cosine": _cosine(update.body, moved) if isinstance(update.body, np.ndarray) else None,
         "down_bytes": down_bytes,
-        "up_bytes": payload_bytes(update),
+        "up_bytes": up_bytes,
         "seconds": {what: round(s, 3) for what, s in update.seconds.items()},
     }
 

@@ -12,6 +12,7 @@ from statistics import median
 
 import numpy as np
 
+from dept_ray.codec import Coded, Moves
 from dept_ray.config import FaultsSection, Job
 from dept_ray.draws import generator
 from dept_ray.messages import RoundOrder, SiloUpdate
@@ -71,7 +72,7 @@ def judge(job: Job, orders: Mapping[str, RoundOrder], answers: Mapping[str, Silo
         answer = answers.get(name)
         reason = refusal(orders[name], answer) or _unaccounted(job, orders[name], answer)
         if reason is None and isinstance(answer, SiloUpdate):
-            accepted[name] = answer
+            accepted[name] = _decoded(answer)
         else:
             refused[name] = str(reason)
     _bound_norms(job.faults, accepted, refused)
@@ -101,7 +102,7 @@ def refusal(order: RoundOrder, answer: "SiloUpdate | Exception | None") -> str |
     if not math.isfinite(answer.loss):  # all that shows where the body stays home
         return f"loss: {answer.loss}, training diverged"
     for what, sent, back in (("body", order.body, answer.body), ("rows", order.rows, answer.rows)):
-        reason = _misfit(what, sent, back)
+        reason = _misfit(what, order.codec, sent, back)
         if reason is not None:
             return reason
     return None
@@ -121,15 +122,26 @@ def _unaccounted(job: Job, order: RoundOrder, answer: "SiloUpdate | Exception | 
     return None if answer.snapshot == expected else f"names snapshot {answer.snapshot}, asked was {expected}"
 
 
-def _misfit(what: str, sent: np.ndarray | None, back: np.ndarray | None) -> str | None:
+def _misfit(what: str, codec: str, sent: np.ndarray | Moves | None, back: np.ndarray | Coded | None) -> str | None:
     """Why a delta is not what was asked for."""
     if (sent is None) != (back is None):
         return f"{what}: {'missing' if back is None else 'was not asked for'}"
     if sent is None or back is None:
         return None
+    if codec != "fp32":
+        wrong = back.misfit(codec, sent.shape) if isinstance(back, Coded) else f"asked was {codec} {sent.shape}"
+        return wrong and f"{what}: {wrong}"
+    if isinstance(back, Coded):
+        return f"{what}: {back.codec} {back.shape}, asked was float32 {sent.shape}"
     if back.shape != sent.shape or back.dtype != np.float32:
         return f"{what}: {back.dtype} {back.shape}, asked was float32 {sent.shape}"
     return None if np.isfinite(back).all() else f"{what}: not finite"
+
+
+def _decoded(answer: SiloUpdate) -> SiloUpdate:
+    """With its deltas in fp32."""
+    coded = {what: vector for what in ("body", "rows") if isinstance(vector := getattr(answer, what), Coded)}
+    return replace(answer, **{what: vector.decode() for what, vector in coded.items()})
 
 
 def _bound_norms(faults: FaultsSection, accepted: dict[str, SiloUpdate], refused: dict[str, str]) -> None:

@@ -6,19 +6,22 @@
          neither in value nor in momentum
     (4)  w_k = tokens that silo k really trained, times its source's weight
 
+Under a lossy codec the step is rounded as it will be sent, with what was rounded away before added (`dept_ray.codec`).
 Sums fold in silo-name order, so the result does not depend on who answered first. GLOB is the case in which every silo
 owns every row; there is no other code for it.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 
+from dept_ray.codec import Coded, encode
 from dept_ray.config import Job
 from dept_ray.messages import SiloCard, SiloUpdate
-from dept_ray.rounds.state import RunState, rows_of
+from dept_ray.rounds.state import Move, RunState, rows_of
 
 _CHUNK = 1 << 18
 """Values folded at a time (1 MiB): the temporary product stays in cache."""
@@ -36,21 +39,75 @@ def outer_step(job: Job, state: RunState, updates: Mapping[str, SiloUpdate], car
         A new state, one round on; nothing of the old one is changed.
     """
     weights = weights_of(job, updates)
-    outer, changed = job.outer, {}
+    outer, changed, move = job.outer, dict[str, Any](), dict[str, Coded]()
     if state.body is not None:
-        g = torch.from_numpy(
-            weighted_mean({k: u.body for k, u in updates.items() if u.body is not None}, weights)
-        ).neg_()
-        changed["body"], changed["body_momentum"] = nesterov(state.body, g, state.body_momentum, outer.eta, outer.mu)
+        deltas = {k: u.body for k, u in updates.items() if isinstance(u.body, np.ndarray)}
+        g = torch.from_numpy(weighted_mean(deltas, weights)).neg_()
+        theta, changed["body_momentum"] = nesterov(state.body, g, state.body_momentum, outer.eta, outer.mu)
+        if job.wire.codec != "fp32":
+            theta, changed["body_residual"], move["body"] = as_sent(
+                job.wire.codec, state.body, theta, state.body_residual
+            )
+        changed["body"] = theta
     if state.rows is not None:
         owners = {k: rows_of(cards[k], len(state.rows)) for k in updates}
-        deltas = {k: u.rows for k, u in updates.items() if u.rows is not None}
+        deltas = {k: u.rows for k, u in updates.items() if isinstance(u.rows, np.ndarray)}
         mean, reported = mean_over_owners(deltas, owners, weights, tuple(state.rows.shape))
-        changed["rows"], changed["rows_momentum"] = _masked_nesterov(
+        rows, changed["rows_momentum"] = _masked_nesterov(
             state.rows, -mean, reported, state.rows_momentum, outer.rows_lr, outer.rows_momentum
         )
+        if job.wire.codec != "fp32":
+            rows, changed["rows_residual"], move["rows"] = as_sent(
+                job.wire.codec, state.rows, rows, state.rows_residual, reported
+            )
+        changed["rows"] = rows
     silos = {k: record.after(updates[k]) if k in updates else record for k, record in state.silos.items()}
+    if move:
+        changed["moves"] = _worth_keeping(state, Move(state.round, move.get("body"), move.get("rows")))
     return replace(state, round=state.round + 1, step=state.step + job.inner.local_steps, silos=silos, **changed)
+
+
+def as_sent(
+    codec: str,
+    before: torch.Tensor,
+    wanted: torch.Tensor,
+    residual: torch.Tensor | None,
+    moved: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, Coded]:
+    """A step as everybody can make it: the coordinator, too, takes what decodes from the wire.
+
+    Args:
+        before, wanted: the vector, or (R, D) rows, and what the outer step makes of it.
+        residual: what earlier steps lack.
+        moved: (R,) bool; the other rows stand still, and keep their residual. None: all may move.
+
+    Returns:
+        The vector after the step, the residual, and the step.
+    """
+    step = wanted - before
+    if residual is not None:
+        step += residual
+    if moved is not None:
+        step[~moved] = 0
+    coded, lacks = encode(step.numpy(), codec)
+    after = before.clone()
+    coded.add_to(after.numpy())
+    rest = torch.from_numpy(lacks)
+    if moved is not None and residual is not None:
+        rest[~moved] = residual[~moved]
+    return after, rest, coded
+
+
+def _worth_keeping(state: RunState, move: Move) -> tuple[Move, ...]:
+    """The last moves that together are fewer bytes than what they move: for silos that missed rounds."""
+    whole = sum(4 * tensor.numel() for tensor in (state.body, state.rows) if tensor is not None)
+    kept, total = [move], move.nbytes
+    for earlier in reversed(state.moves):
+        total += earlier.nbytes
+        if total >= whole:
+            break
+        kept.insert(0, earlier)
+    return tuple(kept)
 
 
 def weights_of(job: Job, updates: Mapping[str, SiloUpdate]) -> dict[str, float]:

@@ -4,18 +4,19 @@ Where bodies stay home `body` is None; where embeddings stay home `rows` is None
 global vocabulary and, below them, the L learned positions: positions are rows that everybody owns.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
+from dept_ray.codec import Coded, Moves
 from dept_ray.config import Job
 from dept_ray.errors import SiloError
 from dept_ray.messages import Change, SiloCard, SiloUpdate
 from dept_ray.rounds.methods import Method, silos_of
-from dept_ray.silo.model import Layout
-from dept_ray.silo.silo import fresh_body, fresh_embedding
+from dept_ray.silo.silo import fresh_body_vector, fresh_rows
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,21 @@ class SiloRecord:
 
 
 @dataclass(frozen=True)
+class Move:
+    """A round's step, coded."""
+
+    base: int
+    """Rounds committed before it."""
+    body: Coded | None
+    rows: Coded | None
+    """(V + L, D)."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(coded.nbytes for coded in (self.body, self.rows) if coded is not None)
+
+
+@dataclass(frozen=True)
 class RunState:
     """Everything that a committed round is."""
 
@@ -56,12 +72,17 @@ class RunState:
     """phi and psi: (V + L, D) fp32."""
     body_momentum: torch.Tensor | None = None
     rows_momentum: torch.Tensor | None = None
+    body_residual: torch.Tensor | None = None
+    """What the steps that were sent lack so far; None where nothing is rounded."""
+    rows_residual: torch.Tensor | None = None
     step: int = 0
     """Global inner steps committed: the place in the cosine."""
     changes: tuple[Change, ...] = ()
     """What people changed while it ran, in order; `changes.changed` makes the job in force of them."""
     heard: int = 0
     """Changes that were asked for and dealt with: made, or refused on record."""
+    moves: tuple[Move, ...] = ()
+    """The last rounds' steps as they travel. In memory only: after a resume silos get the whole vectors."""
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -71,6 +92,8 @@ class RunState:
             "rows": self.rows,
             "body_momentum": self.body_momentum,
             "rows_momentum": self.rows_momentum,
+            "body_residual": self.body_residual,
+            "rows_residual": self.rows_residual,
         }
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
@@ -79,13 +102,9 @@ def fresh_state(job: Job, method: Method, cards: dict[str, SiloCard]) -> RunStat
     """The state before the first round: theta_0, phi_0 and psi_0 drawn from the seed."""
     body = rows = None
     if method.share_body:
-        module = fresh_body(job)
-        named = dict(module.named_parameters())
-        body = torch.cat([named[name].detach().flatten() for name in Layout.of(module).names])
+        body = fresh_body_vector(job)
     if method.share_rows != "none":
-        embedding = fresh_embedding(job, shared_vocabulary(cards), "shared")
-        tables = [embedding.tokens, embedding.positions]
-        rows = torch.cat([table.detach() for table in tables if table is not None])
+        rows = fresh_rows(job, shared_vocabulary(cards))
     silos = {name: SiloRecord(position=dict.fromkeys(sources, 0)) for name, sources in silos_of(job).items()}
     return RunState(0, silos, body, rows)
 
@@ -114,3 +133,38 @@ def rows_of(card: SiloCard, num_rows: int) -> np.ndarray | slice:
     if card.owned_rows is None:
         return slice(None)
     return np.concatenate([card.owned_rows, np.arange(card.global_vocabulary_size, num_rows)])
+
+
+def shared_bodies(state: RunState) -> Callable[[int], np.ndarray | Moves | None]:
+    """The body for one who holds that of a round: the steps since, where they are known, else all of it.
+
+    What two silos get alike is one object, which a pool need not send twice.
+    """
+
+    @functools.cache
+    def body(holds: int) -> np.ndarray | Moves | None:
+        if state.body is None:
+            return None
+        steps = _steps_since(state, holds, "body")
+        return state.body.numpy() if steps is None else Moves(tuple(state.body.shape), holds, steps)
+
+    return body
+
+
+def shared_rows(state: RunState, card: SiloCard, holds: int) -> np.ndarray | Moves | None:
+    """As `shared_bodies`, of the rows that one silo owns."""
+    if state.rows is None:
+        return None
+    mine, steps = rows_of(card, len(state.rows)), _steps_since(state, holds, "rows")
+    if steps is None:
+        return state.rows[mine].numpy()
+    num_rows = len(state.rows) if isinstance(mine, slice) else len(mine)
+    return Moves((num_rows, state.rows.shape[1]), holds, tuple(step.rows(mine) for step in steps))
+
+
+def _steps_since(state: RunState, holds: int, what: str) -> tuple[Coded, ...] | None:
+    """The coded steps from the vectors of a round to the present ones; None: not all are known."""
+    if holds == state.round and holds >= 0:
+        return ()
+    steps = tuple(getattr(move, what) for move in state.moves if move.base >= holds)
+    return steps if holds >= 0 and len(steps) == state.round - holds else None

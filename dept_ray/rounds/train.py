@@ -23,7 +23,7 @@ from dept_ray.rounds.membership import choose, deadline_s, judge, members
 from dept_ray.rounds.methods import method_of
 from dept_ray.rounds.outer import outer_step
 from dept_ray.rounds.pool import SiloPool
-from dept_ray.rounds.state import RunState, corpora_of, fresh_state, rows_of
+from dept_ray.rounds.state import RunState, corpora_of, fresh_state, shared_bodies, shared_rows
 from dept_ray.rounds.store import RunStore
 
 Log = Callable[[dict[str, Any]], None]
@@ -80,7 +80,7 @@ def _until_it_counts(
             break
         orders = orders_for(
             job, state, chosen, pool.cards, attempt=attempt, steps=job.inner.local_steps,
-            life=store.life, kept=store.kept().values(),
+            life=store.life, kept=store.kept().values(), holds=_held(pool),
         )  # fmt: skip
         answers = pool.run_round(orders, partial(deadline_s, job.faults, past_s, len(orders)))
         verdict = judge(job, orders, answers)
@@ -102,7 +102,7 @@ def _until_it_counts(
 
 def orders_for(
     job: Job, state: RunState, silos: list[str], cards: Mapping[str, SiloCard], *, attempt: int, steps: int,
-    life: int = 0, kept: Collection[Mapping[str, str]] = (),
+    life: int = 0, kept: Collection[Mapping[str, str]] = (), holds: Mapping[str, int] | None = None,
 ) -> dict[str, RoundOrder]:  # fmt: skip
     """What each silo is asked to do next.
 
@@ -113,9 +113,10 @@ def orders_for(
         attempt, life: the fence, together with the state's round.
         steps: inner steps; 0 only scores.
         kept: of each round that is kept for good, the snapshots that it names, by silo.
+        holds: the round whose shared vectors a silo has in memory, by silo.
     """
-    body = None if state.body is None else state.body.numpy()
-    fingerprint = "" if body is None else checksum(body)
+    fingerprint = "" if state.body is None else checksum(state.body.numpy())
+    bodies = shared_bodies(state)
     every = job.rounds.score_every
     due = steps == 0 or (every > 0 and state.round % every == 0)
     joined = {source.name for source in job.sources if source.joined}
@@ -126,11 +127,15 @@ def orders_for(
             position=state.silos[name].position, first_step=state.step, steps=steps, score=due, lr=job.inner.lr,
             total_steps=state.step + (job.rounds.total - state.round) * job.inner.local_steps,
             frozen_steps=job.faults.newcomer_steps if name in joined and not state.silos[name].rounds else 0,
-            fingerprint=fingerprint, body=body,
-            rows=None if state.rows is None else state.rows[rows_of(cards[name], len(state.rows))].numpy(),
+            fingerprint=fingerprint, codec=job.wire.codec, body=bodies((holds or {}).get(name, -1)),
+            rows=shared_rows(state, cards[name], (holds or {}).get(name, -1)),
         )
         for name in silos
     }  # fmt: skip
+
+
+def _held(pool: SiloPool) -> dict[str, int]:
+    return {name: status.holds for name, status in pool.statuses().items()}
 
 
 def _final_scores(job: Job, state: RunState, pool: SiloPool, store: RunStore) -> dict[str, Any]:
@@ -138,7 +143,7 @@ def _final_scores(job: Job, state: RunState, pool: SiloPool, store: RunStore) ->
     scores, refused = {}, dict.fromkeys(members(state.silos, pool.ready()), "")
     for attempt in range(job.faults.attempts):
         there = sorted(refused.keys() & pool.ready())
-        orders = orders_for(job, state, there, pool.cards, attempt=attempt, steps=0, life=store.life)
+        orders = orders_for(job, state, there, pool.cards, attempt=attempt, steps=0, life=store.life, holds=_held(pool))
         verdict = judge(job, orders, pool.run_round(orders, lambda took_s: job.faults.deadline_cap_s))
         scores |= {source: score for update in verdict.accepted.values() for source, score in update.scores.items()}
         refused = {name: verdict.refused.get(name, "not there") for name in refused.keys() - verdict.accepted.keys()}

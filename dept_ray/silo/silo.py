@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from dept_ray.config import Job
-from dept_ray.draws import checksum, seed_for
+from dept_ray.draws import seed_for
 from dept_ray.errors import SiloError
 from dept_ray.messages import RoundOrder, Score, SiloCard, SiloSpec, SiloStatus, SiloUpdate
 from dept_ray.silo.hardware import choose_hardware
@@ -25,6 +26,7 @@ from dept_ray.silo.model import Body, Embedding, LanguageModel, flatten_paramete
 from dept_ray.silo.optimizer import AdamW
 from dept_ray.silo.score import score_corpus
 from dept_ray.silo.snapshot import load_snapshot, prune_snapshots, save_snapshot, snapshot_name
+from dept_ray.silo.wire import Shared, Wire
 from dept_ray.text.prepare import corpus_folder
 from dept_ray.text.shards import Corpus, open_corpus
 from dept_ray.text.stream import MixedStream, Position, Read, Stream
@@ -60,6 +62,20 @@ def fresh_body(job: Job) -> Body:
     body = Body(job.model)
     initialise(body, torch.Generator().manual_seed(seed_for(job.seed, "body")))
     return body
+
+
+def fresh_body_vector(job: Job) -> torch.Tensor:
+    """theta_0 as one flat vector, (n,) fp32 in the order of `Layout`."""
+    module = fresh_body(job)
+    named = dict(module.named_parameters())
+    return torch.cat([named[name].detach().flatten() for name in layout_of(job.model).names])  # pyright: ignore[reportArgumentType] - as below
+
+
+def fresh_rows(job: Job, vocabulary_size: int) -> torch.Tensor:
+    """phi_0 and psi_0 as they are shared: (V + L, D) fp32."""
+    embedding = fresh_embedding(job, vocabulary_size, "shared")
+    tables = [embedding.tokens, embedding.positions]
+    return torch.cat([table.detach() for table in tables if table is not None])
 
 
 def fresh_embedding(job: Job, size: int, *labels: str | int) -> Embedding:
@@ -104,7 +120,8 @@ class Silo:
         self._optimizer = self._new_optimizer()
         self._after: str | None = NOWHERE
         self._stop_at: tuple[int, int] | None = None
-        self.status = SiloStatus(spec.silo)
+        self._wire = Wire(spec.silo, {} if job.wire.codec == "fp32" else self._fresh_shared())
+        self.status = SiloStatus(spec.silo, holds=self._wire.holds)
 
     # ------------------------------------------------------------------------------------ what others may ask
     def card(self) -> SiloCard:
@@ -140,7 +157,8 @@ class Silo:
         self._say("loading", order)
         with self._timed("load", seconds):
             self._restore(order.after)
-            self._take(order)
+            shared = self._wire.receive(order)
+            self._take(shared)
         scores: dict[str, Score] = {}
         if order.score:
             self._say("scoring", order)
@@ -155,16 +173,15 @@ class Silo:
         self._stop_at = None
         position = self.stream.advance(order.position, trained.steps)
         self._say("saving", order)
+        with self._timed("code", seconds):
+            deltas = self._deltas(shared)
+            norm = float(np.linalg.norm(deltas["body"].astype(np.float64))) if "body" in deltas else 0.0
+            sent = self._wire.send(order.codec, deltas)
         with self._timed("save", seconds):
             snapshot = self._save(order, position)
         update = self._answer(order, trained, snapshot, position, scores, seconds)
-        if order.body is not None:
-            delta = self.body.cpu().numpy() - order.body
-            update = replace(update, body=delta, body_norm=float(np.linalg.norm(delta.astype(np.float64))))
-        if order.rows is not None:
-            update = replace(update, rows=self._rows() - order.rows)
         self._say("waiting", order)
-        return update
+        return replace(update, body_norm=norm, body=sent.get("body"), rows=sent.get("rows"))
 
     def score(self) -> dict[str, Score]:
         """Validation of every source that has some, with the parameters as they are."""
@@ -209,6 +226,7 @@ class Silo:
             return
         self._after = NOWHERE  # until all of it is read
         self._optimizer = self._new_optimizer()
+        self._wire.load({})
         fresh_tokens = fresh_embedding(self.job, self.vocabulary.size, self.spec.silo)
         with torch.no_grad():
             self.model.embedding.load_state_dict(fresh_tokens.state_dict())
@@ -222,23 +240,36 @@ class Silo:
                 self.body.copy_(parts["body"]["flat"])
             if "optimizer" in parts:
                 self._load_moments(parts["optimizer"])
+            self._wire.load(parts.get("residual", {}))
         self._after = after
 
-    def _take(self, order: RoundOrder) -> None:
+    def _take(self, shared: Shared) -> None:
         """Copy what is shared into the model."""
-        if order.body is not None:
-            if order.body.shape != (self.layout.size,):
-                raise SiloError(
-                    f"silo {self.spec.silo}: ordered a body of {order.body.shape}, mine has {self.layout.size} values"
-                )
-            if checksum(order.body) != order.fingerprint:
-                raise SiloError(f"silo {self.spec.silo}: the body of round {order.round} arrived altered")
-            _copy(self.body, order.body)
-        if order.rows is not None:
+        if "body" in shared:
+            if shared["body"].shape != (self.layout.size,):
+                mine, given = self.layout.size, shared["body"].shape
+                raise SiloError(f"silo {self.spec.silo}: ordered a body of {given}, mine has {mine} values")
+            _copy(self.body, shared["body"])
+        if "rows" in shared:
             size = self.vocabulary.size
-            _copy(self.model.embedding.tokens, order.rows[:size])
+            _copy(self.model.embedding.tokens, shared["rows"][:size])
             if self.model.embedding.positions is not None:
-                _copy(self.model.embedding.positions, order.rows[size:])
+                _copy(self.model.embedding.positions, shared["rows"][size:])
+
+    def _deltas(self, shared: Shared) -> Shared:
+        """Equation 1: what training made of what was shared."""
+        mine = {"body": lambda: self.body.cpu().numpy(), "rows": self._rows}
+        return {what: mine[what]() - vector for what, vector in shared.items()}
+
+    def _fresh_shared(self) -> Shared:
+        """What is shared before the first round, as everybody draws it."""
+        shared: Shared = {}
+        if self.spec.share_body:
+            shared["body"] = fresh_body_vector(self.job).numpy()
+        if self.spec.share_rows:
+            rows, ids = fresh_rows(self.job, size := self.vocabulary.global_size).numpy(), self.vocabulary.ids
+            shared["rows"] = rows if ids is None else rows[np.concatenate([ids, np.arange(size, len(rows))])]
+        return shared
 
     def _save(self, order: RoundOrder, position: Position) -> str:
         """Write what stays home."""
@@ -250,6 +281,8 @@ class Silo:
             parts["body"] = {"flat": self.body}
         if self._keeps_moments:
             parts["optimizer"] = self._moments()
+        if residual := self._wire.parts():
+            parts["residual"] = residual
         folder = silo_folder(self.job, self.spec.silo)
         about = {
             "run": self.job.name,
@@ -317,7 +350,8 @@ class Silo:
         return MixedStream(streams, weights, inner.batch_size, inner.context, seed, read)
 
     def _say(self, doing: str, order: RoundOrder, **more: float) -> None:
-        self.status = replace(self.status, doing=doing, round=order.round, steps=order.steps, **{"step": 0, **more})  # type: ignore[arg-type]
+        now: dict[str, Any] = {"doing": doing, "round": order.round, "steps": order.steps, "step": 0, **more}
+        self.status = replace(self.status, holds=self._wire.holds, **now)
 
     @contextmanager
     def _timed(self, what: str, seconds: dict[str, float]) -> Iterator[None]:

@@ -72,6 +72,7 @@ def plan(seed: int, method: str, prepared: Path, rounds: int) -> tuple[Faults, d
         "faults": {"quorum": one_of((0.3, 0.5, 1.0)), "newcomer_steps": one_of((0, 1, 5))},
         "inner": {"optimizer_state": one_of(("reset", "keep"))},
         "outer": {"preset": one_of(("average", "nesterov")), "rows_momentum": one_of((0.0, 0.5))},
+        "wire": {"codec": ("fp32", "fp32", "bf16", "int8", "int4")[seed % 5]},
     }
     if not mixed and draw.integers(3) == 0:
         job["rounds"]["choose"] = 2

@@ -282,4 +282,4 @@ def test_a_silo_says_what_it_does(tiny, open_silo):
     silo._say = listen
     update = silo.obey(first_order(job, silo))
     assert said == ["loading", "scoring", "training", "saving", "waiting"]
-    assert sorted(update.seconds) == ["load", "save", "score", "train"]
+    assert sorted(update.seconds) == ["code", "load", "save", "score", "train"]
