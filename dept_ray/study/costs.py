@@ -81,6 +81,8 @@ class SiloPlan:
     """M_k by part."""
     sent: Values
     """What a round moves to this silo, and again what it moves back."""
+    message_bytes: int
+    """The same on the wire, as `wire.codec` codes it."""
     round_tokens: int
     """Trained in a round that the silo is chosen for."""
     total_tokens: float
@@ -89,11 +91,11 @@ class SiloPlan:
 
     @property
     def down_bytes(self) -> int:
-        return self.sent.total * FP32_BYTES
+        return self.message_bytes
 
     @property
     def up_bytes(self) -> int:
-        return self.sent.total * FP32_BYTES
+        return self.message_bytes
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,8 @@ class Plan:
 
     job: str
     method: Method
+    codec: str
+    """Of what travels."""
     width: int
     rounds: int
     local_steps: int
@@ -157,8 +161,8 @@ class Plan:
 
     @property
     def step_bytes(self) -> float:
-        """Per silo and inner step, down and up."""
-        return 2 * self.step_values * FP32_BYTES
+        """Per silo and inner step, down and up, as it is coded."""
+        return 2 * fmean(silo.message_bytes for silo in self.silos) / self.local_steps
 
     @property
     def round_bytes_down(self) -> float:
@@ -176,6 +180,13 @@ class Plan:
         if self.data_parallel is None or not self.step_values:
             return None
         return reduction(self.data_parallel.step_values, fmean(s.sent.total for s in self.silos), self.local_steps)
+
+    @property
+    def byte_reduction(self) -> float | None:
+        """The same in bytes: data-parallel training in fp32 over this job as it is coded."""
+        if self.data_parallel is None or not self.step_bytes:
+            return None
+        return self.data_parallel.step_bytes / self.step_bytes
 
     @property
     def embedding_saved(self) -> float | None:

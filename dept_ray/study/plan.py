@@ -8,12 +8,13 @@ from its sizes. M is the size of the model with the global vocabulary V, M_k of 
     reduction             M / per step
     embedding saved       (|V| - mean |V_k|) D
 
-The paper counts one direction; a parameter server moves the same down and up, so bytes stand here for both.
-Bytes are those of fp32 on the wire (4 a value), before any codec.
+The paper counts one direction; a parameter server moves the same down and up, so bytes stand here for both. They are
+those of `wire.codec` for a round in which every silo took part in the one before; data-parallel training is in fp32.
 """
 
 from collections.abc import Mapping
 
+from dept_ray.codec import coded_bytes
 from dept_ray.config import Job
 from dept_ray.errors import ConfigError
 from dept_ray.rounds.methods import Method, method_of, silos_of, silos_per_round
@@ -57,7 +58,8 @@ def plan(job: Job, vocabulary_sizes: Mapping[str, int] | None = None, tokens: Ma
                 vocabulary_size=size,
                 vocabulary_from=where,
                 parameters=parameters,
-                sent=_sent(method, parameters),
+                sent=(sent := _sent(method, parameters)),
+                message_bytes=_message_bytes(job, sent),
                 round_tokens=round_tokens,
                 total_tokens=total_tokens,
                 memory=_memory(_placed(job, name), parameters.total, size),
@@ -66,6 +68,7 @@ def plan(job: Job, vocabulary_sizes: Mapping[str, int] | None = None, tokens: Ma
     return Plan(
         job=job.name,
         method=method,
+        codec=job.wire.codec,
         width=job.model.width,
         rounds=job.rounds.total,
         local_steps=job.inner.local_steps,
@@ -185,6 +188,13 @@ def _sent(method: Method, parameters: Values) -> Values:
         rows=parameters.rows if rows else 0,
         positions=parameters.positions if rows else 0,
     )
+
+
+def _message_bytes(job: Job, sent: Values) -> int:
+    """On the wire: the body as one vector, embedding and positions as rows."""
+    width, codec = job.model.width, job.wire.codec
+    rows = (sent.rows + sent.positions) // width
+    return coded_bytes(codec, (sent.body,)) + coded_bytes(codec, (rows, width))
 
 
 def _placed(job: Job, silo: str) -> Job:

@@ -5,7 +5,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dept_ray.console import figure_table, human
-from dept_ray.study.costs import FP32_BYTES, Plan
+from dept_ray.study.costs import Plan
 
 
 def render(costs: Plan) -> RenderableType:
@@ -27,7 +27,14 @@ def headline(costs: Plan) -> str:
         return f"{name} trains {silos} silos, each alone; no silo sends anything"
     if costs.reduction is None:
         return f"{name} sends {human(costs.step_values)} parameters per silo and step"
-    return f"{name} sends {float(f'{costs.reduction:.3g}'):,.0f} times less than data-parallel training"
+    told = f"{name} sends {_times(costs.reduction)} times less than data-parallel training"
+    if costs.codec == "fp32" or costs.byte_reduction is None:
+        return told
+    return f"{told}, and {_times(costs.byte_reduction)} times fewer bytes in {costs.codec}"
+
+
+def _times(factor: float) -> str:
+    return f"{float(f'{factor:.3g}'):,.0f}"
 
 
 def _silo_table(costs: Plan) -> Table:
@@ -57,14 +64,15 @@ def _silo_table(costs: Plan) -> Table:
 
 def _traffic_table(costs: Plan) -> Table | None:
     """The method beside data-parallel training, whichever of them sends anything."""
-    sides = {f"{costs.method.name.upper()}": costs.step_values} if costs.step_values else {}
-    if costs.data_parallel is not None:
-        sides[f"data-parallel,\n|V| = {costs.data_parallel.vocabulary_size:,}"] = costs.data_parallel.step_values
+    sides = {f"{costs.method.name.upper()}": (costs.step_values, costs.step_bytes)} if costs.step_values else {}
+    if (parallel := costs.data_parallel) is not None:
+        sides[f"data-parallel,\n|V| = {parallel.vocabulary_size:,}"] = (parallel.step_values, parallel.step_bytes)
     if not sides:
         return None
     silos, steps, rounds = costs.silos_per_round, costs.local_steps, costs.rounds
-    table = figure_table("What travels, in fp32", "", *sides)
-    table.add_row("parameters per step, one way (as the paper counts)", *(human(values) for values in sides.values()))
+    beside = "" if costs.codec == "fp32" or parallel is None else "; data-parallel in fp32"
+    table = figure_table(f"What travels, in {costs.codec}{beside}", "", *sides)
+    table.add_row("parameters per step, one way (as the paper counts)", *(human(n) for n, _ in sides.values()))
     for what, times in (
         ("bytes per step, down + up", 1),
         (f"bytes per round of {steps} steps, down + up", steps),
@@ -72,7 +80,7 @@ def _traffic_table(costs: Plan) -> Table | None:
         (f"the same for {rounds} rounds", steps * silos * rounds),
     ):
         if what:
-            table.add_row(what, *(human(2 * FP32_BYTES * values * times, "B") for values in sides.values()))
+            table.add_row(what, *(human(each * times, "B") for _, each in sides.values()))
     if costs.embedding_saved:
         share = f"{costs.embedding_saved_share:.0%}"
         table.caption = (

@@ -43,8 +43,8 @@ def until(fact: Callable[[], bool], within_s: float = 600) -> None:
 class Nodes:
     """A cluster whose nodes can be killed, frozen and told to go. Each silo has a node, told by a label."""
 
-    def __init__(self, cluster: Any) -> None:
-        self.cluster = cluster
+    def __init__(self, cluster: Any, store_bytes: int) -> None:
+        self.cluster, self.store_bytes = cluster, store_bytes
         self.home: dict[str, Any] = {}
         """By silo: the node that is its own now."""
 
@@ -53,7 +53,7 @@ class Nodes:
         self.cluster._shutdown_at_exit = threading.current_thread() is threading.main_thread()
         self.home[silo] = self.cluster.add_node(
             wait=False, num_cpus=1, labels={"silo": silo},
-            object_store_memory=80 << 20, **more,
+            object_store_memory=self.store_bytes, **more,
         )  # fmt: skip
 
     def kill(self, silo: str) -> None:
@@ -81,17 +81,17 @@ class Nodes:
 
 
 @contextmanager
-def cluster_of(*silos: str) -> Iterator[Nodes]:
-    """A head and a node for each silo; this process is on the head."""
+def cluster_of(*silos: str, store_bytes: int = 80 << 20) -> Iterator[Nodes]:
+    """A head and a node for each silo, with an object store each; this process is on the head."""
     import ray
     from ray.cluster_utils import Cluster
 
     ray.shutdown()
     head = {
         "num_cpus": 2, "include_dashboard": False,
-        "object_store_memory": 100 << 20, "_system_config": QUICK_CHECKS,
+        "object_store_memory": store_bytes + (20 << 20), "_system_config": QUICK_CHECKS,
     }  # fmt: skip
-    nodes = Nodes(cluster := Cluster(initialize_head=True, head_node_args=head))
+    nodes = Nodes(cluster := Cluster(initialize_head=True, head_node_args=head), store_bytes)
     try:
         for silo in silos:
             nodes.add(silo)

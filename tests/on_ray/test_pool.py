@@ -65,7 +65,7 @@ def test_a_silo_that_is_killed_is_left_out_once_and_made_anew(tiny: Make) -> Non
 
     from dept_ray.on_ray.pool import RayPool
 
-    job = tiny("spec", inner={"local_steps": 400}, rounds={"total": 2})
+    job = tiny("spec", inner={"local_steps": 400}, rounds={"total": 2}, faults={"patience_s": 300})
     pool = RayPool()
 
     def kill_code_while_it_trains() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from dept_ray.config import Job
+from dept_ray.config import Job, WireSection
 from dept_ray.console import human
 from dept_ray.errors import ConfigError
 from dept_ray.jobfile import load_job, parse_job
@@ -105,6 +105,20 @@ def test_data_parallel_std_sends_the_whole_model_each_step(job, figure):
     assert costs.data_parallel is not None
     assert costs.data_parallel.step_values == costs.silos[0].parameters.total == pytest.approx(figure, rel=PRINTED)
     assert (costs.step_values, costs.reduction) == (0, None), "one silo: nothing travels between silos"
+
+
+@pytest.mark.parametrize(
+    ("job", "least"),
+    [("mc4_1b_spec_opt", 5000), ("mc4_125m_spec", 5000), ("pile_125m_spec", 5000), ("pile_350m_spec", 4400)],
+)
+def test_in_int4_spec_sends_thousands_of_times_fewer_bytes(job, least):
+    costs = plan(load_job(JOBS / f"{job}.toml").model_copy(update={"wire": WireSection(codec="int4")}))
+    assert costs.byte_reduction is not None
+    assert costs.reduction is not None
+    assert costs.byte_reduction > least
+    assert costs.byte_reduction == pytest.approx(costs.reduction * 32 / 4.25, rel=1e-3)
+    assert "times fewer bytes in int4" in headline(costs)
+    assert "data-parallel in fp32" in printed(costs)
 
 
 def test_a_billion_parameters_travel_714_times_less():
