@@ -255,13 +255,32 @@ def generate(run: str, source: str | None, prompt: str, tokens: int, temperature
 
     handle = Run.open(run)
     source = source or handle.job.sources[0].name
-    trained = using.load_silo(handle.job, using.last_state(handle.folder), using.silo_of(handle.job, source))
+    _, trained = using.trained_silo(handle.job, handle.folder, source)
     pieces = using.generate(trained, source, prompt, tokens, temperature, top_k, seed)
     first = next(pieces, "")  # a prompt that cannot be used fails before anything is shown
     click.echo(prompt + first, nl=False)
     for piece in pieces:
         click.echo(piece, nl=False)
     click.echo()
+
+
+@main.command()
+@click.argument("run")
+@click.argument("out", type=click.Path())
+@click.option("--source", help="Whose embedding and vocabulary.")
+@click.option("--push", metavar="NAME", help="Also upload it to the Hugging Face Hub, privately.")
+def export(run: str, out: str, source: str | None, push: str | None) -> None:
+    """RUN's model for one source as the Hugging Face folder OUT."""
+    from pathlib import Path
+
+    from dept_ray.client import Run
+    from dept_ray.study.export import export as write
+
+    handle = Run.open(run)
+    folder = write(handle.job, handle.folder, Path(out), source, push)
+    click.echo(f'{folder} is written: AutoModelForCausalLM.from_pretrained("{folder}")')
+    if push:
+        click.echo(f"and uploaded as {push}")
 
 
 @main.command()

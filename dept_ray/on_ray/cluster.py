@@ -4,6 +4,7 @@ import logging
 import os
 import socket
 import warnings
+from typing import Any
 
 import ray
 from ray._private.state import state as cluster_state
@@ -14,6 +15,8 @@ from dept_ray.rounds.methods import silos_of, silos_per_round
 from dept_ray.rounds.pool import resources_of
 
 NAMESPACE = "dept_ray"
+AUTOSCALES = "autoscales"
+"""The label of a head whose cluster brings nodes on demand (`clusters/`): Ray tells no driver whether it does."""
 _REACH_TIMEOUT_S = 5.0
 
 
@@ -83,16 +86,32 @@ def _check_reachable(address: str) -> None:
 
 
 def check_room(job: Job) -> None:
-    """Refuse what the cluster cannot hold: unknown labels, a silo larger than every node, more GPUs than there are.
-
-    Counts the nodes that are there now; what an autoscaler could still bring, it does not know.
+    """Refuse what the cluster cannot hold: see `check_nodes`.
 
     Raises:
         ClusterError: with what was asked and what there is.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    check_nodes(job, [node for node in ray.nodes() if node["Alive"]])
+
+
+def check_nodes(job: Job, alive: list[dict[str, Any]]) -> None:
+    """Refuse what nodes cannot hold: unknown labels, a silo larger than every node, more GPUs than there are.
+
+    Where a node's label says that the cluster grows (`AUTOSCALES`), what is missing is a demand that may yet be met,
+    and nothing is refused.
+
+    Args:
+        job: whose silos are to be placed.
+        alive: nodes as `ray.nodes()` tells them.
+
+    Raises:
+        ClusterError: with what was asked and what there is.
+    """
+    labels = [node.get("Labels") or {} for node in alive]
+    if any(have.get(AUTOSCALES) == "true" for have in labels):
+        return
+    nodes = [node["Resources"] for node in alive]
     wanted = {silo: resources_of(job, silo) for silo in silos_of(job)}
-    labels = [node.get("Labels") or {} for node in ray.nodes() if node["Alive"]]
     for silo, resources in wanted.items():
         # Only plain values: Ray also knows "!a" and "in(a, b)".
         plain = {key: value for key, value in resources.labels.items() if not value.startswith(("!", "in("))}

@@ -37,6 +37,7 @@ __all__ = [
 
 STD = 0.02
 ROPE_THETA = 10_000.0
+NORM_EPS = {"gpt2": 1e-5, "llama": 1e-6}
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
 """cos and sin of every position's angles, fp32 (T, D / H / 2)."""
@@ -265,8 +266,8 @@ def num_parameters(section: ModelSection, positions: int, vocabulary_size: int) 
 
 def _norm(section: ModelSection) -> nn.Module:
     if section.arch == "gpt2":
-        return nn.LayerNorm(section.width, eps=1e-5)
-    return nn.RMSNorm(section.width, eps=1e-6)
+        return nn.LayerNorm(section.width, eps=NORM_EPS[section.arch])
+    return nn.RMSNorm(section.width, eps=NORM_EPS[section.arch])
 
 
 def _rotation(T: int, head_width: int, device: torch.device) -> Rotation:

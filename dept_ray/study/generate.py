@@ -15,6 +15,7 @@ from dept_ray.config import Job
 from dept_ray.draws import seed_for
 from dept_ray.errors import ConfigError, StoreError, VocabularyError
 from dept_ray.messages import Score
+from dept_ray.rounds.changes import changed
 from dept_ray.rounds.methods import silos_of
 from dept_ray.rounds.pool import specs_of
 from dept_ray.rounds.state import RunState
@@ -57,6 +58,20 @@ def load_silo(job: Job, state: RunState, silo: str) -> Silo:
     return _loaded(job, state, silo)[0]
 
 
+def trained_silo(job: Job, folder: Path, source: str) -> tuple[RunState, Silo]:
+    """The silo that trains a source, as the last committed round left it, and that round.
+
+    Its `job` is the one in force then: with every change that was made while the run went on.
+
+    Raises:
+        ConfigError: the run has no such source.
+        StoreError: no round is committed, or the silo has not trained in any.
+    """
+    state = last_state(folder)
+    job = changed(job, state.changes)
+    return state, load_silo(job, state, silo_of(job, source))
+
+
 def score_run(job: Job, folder: Path) -> tuple[int, dict[str, Score]]:
     """Validation of every source after the last committed round, in this process.
 
@@ -64,6 +79,7 @@ def score_run(job: Job, folder: Path) -> tuple[int, dict[str, Score]]:
         The round, and the scores: where it was trained on this machine's CPU, those of its own final record.
     """
     state = last_state(folder)
+    job = changed(job, state.changes)
     scores: dict[str, Score] = {}
     for silo in state.silos:
         scores |= _loaded(job, state, silo, score=True)[1]

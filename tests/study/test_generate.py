@@ -15,11 +15,12 @@ from dept_ray.client import train_here
 from dept_ray.config import Job
 from dept_ray.errors import ConfigError, StoreError, VocabularyError
 from dept_ray.metrics import read_records
+from dept_ray.rounds.control import Control
 from dept_ray.rounds.methods import METHODS
 from dept_ray.rounds.store import run_folder
 from dept_ray.silo.score import bits_per_byte, loss
 from dept_ray.silo.silo import Silo
-from dept_ray.study.generate import generate, last_state, load_silo, score_run, silo_of
+from dept_ray.study.generate import generate, last_state, load_silo, score_run, silo_of, trained_silo
 from dept_ray.text.tokenizer import Vocabulary
 
 
@@ -46,6 +47,22 @@ def test_a_run_is_scored_as_it_scored_itself(tiny: Callable[..., Job], method: s
         assert loss(score) == record["scores"][source]["loss"]
         assert bits_per_byte(score) == record["scores"][source]["bits_per_byte"]
     assert a_silo(job).score()["latin"] == scores["latin"]
+
+
+def test_a_source_that_joined_the_run_is_scored_and_used_too(tiny: Callable[..., Job]):
+    job, control = tiny("spec"), Control()
+    newcomer = job.model_dump(mode="json", exclude_unset=True)["sources"][-1]
+    job = job.model_copy(update={"sources": job.sources[:-1]})
+    control.change({"add": newcomer})
+    train_here(job, lambda record: None, control=control)
+    record = read_records(run_folder(job) / "metrics.jsonl")[-1]
+    _, scores = score_run(job, run_folder(job))
+    assert {source: loss(score) for source, score in scores.items()} == {
+        source: figures["loss"] for source, figures in record["scores"].items()
+    }
+    assert trained_silo(job, run_folder(job), newcomer["name"])[1].score() == {
+        newcomer["name"]: scores[newcomer["name"]]
+    }
 
 
 def test_reading_a_run_writes_nothing(tiny: Callable[..., Job]):

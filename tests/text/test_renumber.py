@@ -1,0 +1,123 @@
+"""Under new ids every kind of tokenizer cuts every text as before."""
+
+import json
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from tiny import SOURCES, document
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from dept_ray.config import TokenizerSection
+from dept_ray.errors import VocabularyError
+from dept_ray.text.renumber import rows_tokenizer
+from dept_ray.text.tokenizer import END_OF_TEXT, Vocabulary, train_tokenizer, vocabulary_size
+
+CORPUS = [document(source, i) for source in SOURCES for i in range(20)]
+TEXTS = [*CORPUS[::7], "", "  ", "日本 👍\n", f"a {END_OF_TEXT} b", "zzz    qqq <extra>", "    if x == y[i]:\n\n"]
+
+
+def ours(kind: str) -> Tokenizer:
+    return train_tokenizer(CORPUS, TokenizerSection.model_validate({"kind": kind, "vocab_size": 400}), "tiny")
+
+
+def with_tokens_beside_the_model(kind: str = "bpe") -> Tokenizer:
+    """As GPT-NeoX's: runs of spaces are added tokens, and stand above the model's own ids."""
+    tokenizer = ours(kind)
+    tokenizer.add_tokens([AddedToken(" " * n, normalized=True) for n in (4, 3, 2)])
+    tokenizer.add_special_tokens(["<extra>"])
+    return tokenizer
+
+
+def with_ends_around_a_text() -> Tokenizer:
+    tokenizer = ours("bpe")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, tokenizer.token_to_id(END_OF_TEXT))]
+    )
+    return tokenizer
+
+
+def with_byte_fallback() -> Tokenizer:
+    """As Llama's: a space is a letter, and a character that is no piece is spelled in bytes."""
+    special = ["<unk>", END_OF_TEXT, *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator((text[:200] for text in CORPUS), trainer)
+    return tokenizer
+
+
+def sentencepiece_like() -> Tokenizer:
+    """As T5's: unigram with an unknown piece."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=300, special_tokens=["<unk>", END_OF_TEXT], unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+def word_pieces() -> Tokenizer:
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=["[UNK]", "[SEP]"], show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+KINDS: dict[str, Callable[[], Tokenizer]] = {
+    "bpe": lambda: ours("bpe"),
+    "unigram": lambda: ours("unigram"),
+    "tokens beside the model": with_tokens_beside_the_model,
+    "tokens beside a unigram model": lambda: with_tokens_beside_the_model("unigram"),
+    "ends around a text": with_ends_around_a_text,
+    "byte fallback": with_byte_fallback,
+    "unigram with unknown": sentencepiece_like,
+    "word pieces": word_pieces,
+}
+
+
+@pytest.mark.parametrize("spelled", [True, False], ids=["spelled", "special"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_text_is_cut_as_before(kind: str, spelled: bool):
+    tokenizer = KINDS[kind]()
+    tokenizer.encode_special_tokens = spelled
+    special = [number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special]
+    used = np.unique([i for text in CORPUS[:25] for i in tokenizer.encode(text, add_special_tokens=False).ids])
+    vocabulary = Vocabulary.trimmed(vocabulary_size(tokenizer), np.union1d(used, special))
+    assert vocabulary.size < vocabulary.global_size
+    rows = rows_tokenizer(tokenizer, vocabulary)
+    assert sorted(rows.get_vocab().values()) == list(range(len(tokenizer.get_vocab())))
+    for text in TEXTS:
+        ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+        found = rows.encode(text)
+        assert found.tokens == tokenizer.encode(text, add_special_tokens=False).tokens
+        owned = np.isin(ids, vocabulary.ids)
+        assert np.array_equal(np.array(found.ids, np.int64)[owned], vocabulary.to_local(ids[owned]))
+        assert (np.array(found.ids)[~owned] >= vocabulary.size).all()
+        assert rows.decode(found.ids) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_whole_vocabulary_keeps_its_ids(kind: str):
+    tokenizer = KINDS[kind]()
+    rows = rows_tokenizer(tokenizer, Vocabulary(vocabulary_size(tokenizer)))
+    assert rows.get_vocab() == tokenizer.get_vocab()
+    assert json.loads(rows.to_str())["post_processor"] is None
+
+
+def test_a_model_of_a_kind_that_is_not_known_is_refused():
+    class Strange:
+        encode_special_tokens = False
+
+        def to_str(self) -> str:
+            return json.dumps({"added_tokens": [], "model": {"type": "Strange", "vocab": []}})
+
+        def get_vocab(self, with_added_tokens: bool) -> dict[str, int]:
+            return {"a": 0, "b": 1}
+
+    with pytest.raises(VocabularyError, match="a tokenizer of model Strange"):
+        rows_tokenizer(Strange(), Vocabulary.trimmed(2, np.array([1])))  # type: ignore[arg-type]
