@@ -6,6 +6,7 @@ one, by a strategy that waits.
 """
 
 import argparse
+import os
 import queue
 import sys
 import threading
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 from bare import Loop, read_tokens
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -21,7 +23,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
-from ray_run import cpu_seconds, peak_mib  # noqa: F401
+from ray_run import peak_mib
 from reference import SIZES
 from sides import Figures, serve
 
@@ -89,16 +91,23 @@ def get_ready(asked: argparse.Namespace) -> tuple[Figures, Callable[[], Figures]
             train_config=ConfigRecord(told),
         )  # fmt: skip
 
-    backend = {"init_args": {"num_cpus": clients}, "client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
-    threading.Thread(
-        target=lambda: run_simulation(server, client, clients, backend_config=backend), daemon=True
-    ).start()
+    # A Ray of its own: it would join any other that it finds on this machine.
+    init: dict[str, Any] = {"address": "local", "num_cpus": clients, "include_dashboard": False}
+    backend = {"init_args": init, "client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
+
+    def simulate() -> None:
+        try:
+            run_simulation(server, client, clients, backend_config=backend)  # pyright: ignore[reportArgumentType]
+        finally:
+            Waiting.done.put(clients)  # it has ended, and so no round will
+
+    threading.Thread(target=simulate, daemon=True).start()
 
     def one() -> float:
         begins = time.perf_counter()
         Waiting.go.put(None)
         if failed := Waiting.done.get(timeout=900):
-            raise SystemExit(f"{failed} clients failed: see above")
+            raise SystemExit(f"Flower: {failed} clients failed: see above")
         return time.perf_counter() - begins
 
     one()
@@ -135,3 +144,5 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--way", default="by 64 rows")
     serve(lambda: get_ready(parser.parse_args(sys.argv[1:])))
+    ray.shutdown()
+    os._exit(0)  # its engine's threads wait for rounds that will not come

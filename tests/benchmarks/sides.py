@@ -79,10 +79,16 @@ class Side:
         return statistics.median(figures[key] for figures in self.figures)
 
     def close(self) -> None:
-        """Let it end; it must, for its own children end with it."""
+        """Let it end by itself, for its own children end with it; who cannot is ended."""
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.close()
-        self._process.wait()
+        try:
+            self._process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            self._process.terminate()
+            self._process.wait()
+        self._process.stdout.close()
 
     def _answer(self) -> Figures:
         assert self._process.stdout is not None
