@@ -294,6 +294,24 @@ def plan(job_file: str, method: str | None) -> None:
     _console().print(render(plan_job(_load(job_file, method))))
 
 
+@main.command()
+@click.argument("names", nargs=-1)
+@click.option("--folder", default="dept-bench", show_default=True, help="Keeps prepared text and runs.")
+@click.option("--size", type=click.Choice(("full", "small")), default="full", show_default=True)
+@click.option("--repeats", type=click.IntRange(1), help="Measurements of each side (default: each benchmark's own).")
+def bench(names: tuple[str, ...], folder: str, size: str, repeats: int | None) -> None:
+    """Measure this machine: ours beside the best by hand, in turns.
+
+    NAMES: silo, silos (four of them), startup, text, peers; without any all of them, some 30 minutes.
+    """
+    from dept_ray.study.bench import render, run_benchmarks
+
+    ratios = list(run_benchmarks(names, folder, size, repeats))
+    _console().print(render(ratios))
+    if any(ratio["value"] is None for ratio in ratios):
+        sys.exit(1)
+
+
 # ------------------------------------------------------------------------------------------------ shared by commands
 def _console() -> "Console":
     from rich.console import Console

@@ -1,0 +1,66 @@
+"""The benchmarks run: each starts and tells its ratios, at a size at which they mean nothing."""
+
+import math
+
+import pytest
+from click.testing import CliRunner
+
+from dept_ray.cli import main
+from dept_ray.errors import ConfigError
+from dept_ray.study import bench
+from dept_ray.study.bench import BENCHMARKS, programs, run_benchmarks
+
+
+def test_every_program_is_in_the_table_and_every_entry_has_a_program():
+    there = {path.name for path in programs().glob("bench_*.py")}
+    assert {program for program, *_ in BENCHMARKS.values()} == there
+
+
+def test_an_unknown_benchmark_is_refused_with_the_nearest_name(tmp_path):
+    with pytest.raises(ConfigError, match='no benchmark "starup"; did you mean startup'):
+        next(run_benchmarks(("starup",), str(tmp_path), "small", 1))
+
+
+def test_without_a_checkout_it_is_said_where_the_benchmarks_are(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "site-packages" / "dept_ray" / "study" / "bench.py"))
+    with pytest.raises(ConfigError, match="clone the repository"):
+        next(run_benchmarks((), str(tmp_path), "small", 1))
+
+
+def test_a_benchmark_that_fails_is_a_row_that_says_so(monkeypatch, tmp_path):
+    (tmp_path / "bench_broken.py").write_text("raise SystemExit(3)")
+    monkeypatch.setattr(bench, "programs", lambda: tmp_path)
+    monkeypatch.setitem(BENCHMARKS, "broken", ("bench_broken.py",))
+    result = CliRunner().invoke(main, ["bench", "broken", "--folder", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "failed with exit status 3" in result.stdout
+    assert [line.split() for line in result.stdout.splitlines()][-1] == ["broken", "failed", "0.0"]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    "name", ["silo", *(pytest.param(n, marks=pytest.mark.slow) for n in ("startup", "text", "peers"))]
+)
+def test_it_starts_and_tells_its_ratio(name, tmp_path, monkeypatch):
+    monkeypatch.setitem(BENCHMARKS, "peers", ("bench_peers.py", "--no-flower"))
+    ratios = list(run_benchmarks((name,), str(tmp_path), "small", 1))
+    assert ratios
+    assert all(math.isfinite(ratio["value"]) and ratio["value"] > 0 for ratio in ratios)
+
+
+def test_sides_take_turns(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(programs())
+    from sides import Side, taking_turns
+
+    program, log = tmp_path / "side.py", tmp_path / "log"
+    program.write_text(
+        f"import sys; sys.path.insert(0, {str(programs())!r})\n"
+        "from sides import serve\n"
+        "name = sys.argv[1]\n"
+        f"def measure(): open({str(log)!r}, 'a').write(name); print('noise'); return {{'x': 1.0}}\n"
+        "serve(lambda: ({'name': name}, measure))\n"
+    )
+    with taking_turns(3, lambda: Side("a", [program, "a"]), lambda: Side("b", [program, "b"])) as (a, b):
+        assert log.read_text() == "ababab"
+        assert (a.about, b.about) == ({"name": "a"}, {"name": "b"})
+        assert a.median("x") == 1.0
