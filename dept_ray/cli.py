@@ -265,6 +265,16 @@ def generate(run: str, source: str | None, prompt: str, tokens: int, temperature
 
 
 @main.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option("--out", help="The file to write (default: report.html in the run's folder; of several runs, here).")
+def report(runs: tuple[str, ...], out: str | None) -> None:
+    """One HTML page on RUN, or on several side by side: curves, time, bytes, membership, scores."""
+    from dept_ray.client import write_report
+
+    click.echo(write_report(runs, out))
+
+
+@main.command()
 @click.argument("job_file")
 @method_option
 def plan(job_file: str, method: str | None) -> None:

@@ -8,7 +8,7 @@ A run that is over is read from its folder; one in progress is asked.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from dept_ray.on_ray.launch import Coordinator
     from dept_ray.rounds.control import Control
+    from dept_ray.study.story import Story
 
 Report = Callable[[str, int, int], None]
 
@@ -149,6 +150,13 @@ class Run:
         """All records; their fields are told in `rounds.ledger`."""
         return read_records(self.folder / "metrics.jsonl")
 
+    def story(self, name: str | None = None) -> "Story":
+        """What became of it, to be drawn; `name` tells it from other runs."""
+        from dept_ray.study.story import Story
+
+        now = self.status()
+        return Story(name or self.job.name, self.job, tuple(self.history()), now.phase, now.error)
+
     def stop(self, now: bool = False) -> None:
         """End after the round in progress is committed; `now`: its silos hand in what they have."""
         if self._coordinator is not None:
@@ -229,6 +237,35 @@ class Run:
         if status.phase == "failed":
             raise RunError(f"run {status.run} failed after round {status.round}: {status.error}")
         return records
+
+
+def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """One HTML page on a run, or on several side by side.
+
+    Args:
+        runs: names under ./runs, or folders.
+        out: the file to write; None: `report.html`, in the run's folder or, of several, in this one.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        ConfigError: there is no such run.
+        StoreError: the file cannot be written.
+    """
+    from dept_ray.study.report import report_on
+    from dept_ray.study.story import labelled
+    from dept_ray.text.shards import write_atomically
+
+    opened = [Run.open(run) for run in dict.fromkeys(map(str, runs))]
+    names = labelled([run.job.name for run in opened], [str(run.folder) for run in opened])
+    file = Path(out) if out else Path("report.html") if len(opened) > 1 else opened[0].folder / "report.html"
+    text = report_on([run.story(name) for run, name in zip(opened, names, strict=True)])
+    try:
+        write_atomically(file, text.encode())
+    except OSError as err:
+        raise StoreError(f"{file} cannot be written ({err}): name another file with --out") from err
+    return file
 
 
 def prepare(job: Job, address: str | None = None, report: Report = silent, local: bool = False) -> None:
