@@ -232,12 +232,10 @@ def score(run: str) -> None:
     """Validation of RUN's last committed round, per source."""
     from dept_ray.client import Run
     from dept_ray.console import score_table
-    from dept_ray.rounds.ledger import final_record
-    from dept_ray.study.generate import score_run
 
     handle = Run.open(run)
-    round, scores = score_run(handle.job, handle.folder)
-    _console().print(score_table(final_record(handle.job, round, scores), f"{handle.job.name} after {round} rounds"))
+    record = handle.score()
+    _console().print(score_table(record, f"{handle.job.name} after {record['round']} rounds"))
 
 
 @main.command()
@@ -251,12 +249,8 @@ def score(run: str) -> None:
 def generate(run: str, source: str | None, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> None:
     """Text from RUN's model."""
     from dept_ray.client import Run
-    from dept_ray.study import generate as using
 
-    handle = Run.open(run)
-    source = source or handle.job.sources[0].name
-    trained = using.load_silo(handle.job, using.last_state(handle.folder), using.silo_of(handle.job, source))
-    pieces = using.generate(trained, source, prompt, tokens, temperature, top_k, seed)
+    pieces = Run.open(run).sample(prompt, source, tokens, temperature, top_k, seed)
     first = next(pieces, "")  # a prompt that cannot be used fails before anything is shown
     click.echo(prompt + first, nl=False)
     for piece in pieces:

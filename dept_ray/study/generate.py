@@ -15,6 +15,7 @@ from dept_ray.config import Job
 from dept_ray.draws import seed_for
 from dept_ray.errors import ConfigError, StoreError, VocabularyError
 from dept_ray.messages import Score
+from dept_ray.rounds.changes import changed
 from dept_ray.rounds.methods import silos_of
 from dept_ray.rounds.pool import specs_of
 from dept_ray.rounds.state import RunState
@@ -35,6 +36,11 @@ def last_state(folder: Path) -> RunState:
     return load_round(folder, rounds[-1])[0]
 
 
+def job_at(job: Job, state: RunState) -> Job:
+    """The job with all that people changed up to that state, such as the sources that joined."""
+    return changed(job, state.changes)
+
+
 def silo_of(job: Job, source: str) -> str:
     """The silo that trains a source.
 
@@ -48,6 +54,11 @@ def silo_of(job: Job, source: str) -> str:
 def load_silo(job: Job, state: RunState, silo: str) -> Silo:
     """One silo as a committed round left it, on the CPU; its `model` is ready to use.
 
+    Args:
+        job: as the run began.
+        state: of the round.
+        silo: its name.
+
     Raises:
         StoreError: it has not trained yet, or its snapshot is missing.
         ShardError: its prepared tokens are.
@@ -60,6 +71,10 @@ def load_silo(job: Job, state: RunState, silo: str) -> Silo:
 def score_run(job: Job, folder: Path) -> tuple[int, dict[str, Score]]:
     """Validation of every source after the last committed round, in this process.
 
+    Args:
+        job: as the run began.
+        folder: of the run.
+
     Returns:
         The round, and the scores: where it was trained on this machine's CPU, those of its own final record.
     """
@@ -71,6 +86,7 @@ def score_run(job: Job, folder: Path) -> tuple[int, dict[str, Score]]:
 
 
 def _loaded(job: Job, state: RunState, name: str, score: bool = False) -> tuple[Silo, dict[str, Score]]:
+    job = job_at(job, state)
     silo = Silo(job, replace(specs_of(job)[name], gpu=False))
     order = orders_for(job, state, [name], {name: silo.card()}, attempt=0, steps=0)[name]
     try:

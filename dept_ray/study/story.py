@@ -5,7 +5,6 @@ Draws nothing.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -98,14 +97,14 @@ class Story:
         found: dict[str, dict[float, float]] = {}
         for record in self.records:
             for source, score in record.get("scores", {}).items():
-                found.setdefault(source, {})[_measured(record)] = _number(score["bits_per_byte"])
+                found.setdefault(source, {})[measured(record)] = _number(score["bits_per_byte"])
             for source in record.get("away", {}).keys() & found.keys():
-                found[source].setdefault(_measured(record), math.nan)
+                found[source].setdefault(measured(record), math.nan)
         return {source: list(points.items()) for source, points in sorted(found.items())}
 
     def mean_bits(self) -> Points:
         """The mean over the sources that were measured together: (rounds behind the measured state, bits per byte)."""
-        found = {_measured(r): _number(r["mean"]["bits_per_byte"]) for r in self.records if r.get("scores")}
+        found = {measured(r): _number(r["mean"]["bits_per_byte"]) for r in self.records if r.get("scores")}
         return list(found.items())
 
     # ------------------------------------------------------------------------------------------ bytes
@@ -136,7 +135,7 @@ class Story:
         """The latest validation of every source that was ever measured."""
         away = self.rounds[-1].get("away", {}) if self.rounds else {}
         return {
-            source: Worth(_measured(record), score, source not in away)
+            source: Worth(measured(record), score, source not in away)
             for record in self.records
             for source, score in sorted(record.get("scores", {}).items())
         }
@@ -175,7 +174,7 @@ class Story:
         return events
 
 
-def _measured(record: Record) -> int:
+def measured(record: Record) -> int:
     """How many rounds the state that a record's scores are of had behind it."""
     return record["round"] - (record["event"] == "round")
 
@@ -196,12 +195,3 @@ def _asked(at: int, record: Record) -> Event:
         return Event(at, change["add"]["name"], "joins", why)
     what, who = next(iter(change.items()))
     return Event(at, str(who), {"drop": "dropped", "return": "returns"}.get(what) or what, why)
-
-
-def labelled(names: Sequence[str], folders: Sequence[str]) -> list[str]:
-    """Names to tell runs apart by: their own or, where two share one, their folders.
-
-    >>> labelled(["a", "b", "a"], ["x/a", "x/b", "y/a"])
-    ['x/a', 'b', 'y/a']
-    """
-    return [f if names.count(name) > 1 else name for name, f in zip(names, folders, strict=True)]
