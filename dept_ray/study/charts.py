@@ -14,7 +14,7 @@ from dept_ray.study.axes import Axis
 
 COLORS = 8
 """Distinct ones; past them lines are dashed, then dotted."""
-WIDTH, HEIGHT = 590, 270
+WIDTH, HEIGHT, EMPTY_HEIGHT = 590, 270, 100
 _LEFT, _RIGHT, _TOP, _BOTTOM = 74, 164, 30, 42
 _LABEL_GAP = 14
 _NAME = 13
@@ -80,7 +80,7 @@ def line_chart(title: str, lines: Sequence[Line], x: Axis, y: Axis) -> str:
     shown = [line for line in lines if any(math.isfinite(value) for _, value in line.points)]
     height = max(HEIGHT, _TOP + _BOTTOM + _LABEL_GAP * len(shown))
     if not shown:
-        return _empty(title, height)
+        return _empty(title)
     frame = _Frame(x, y, height)
     ends = [next(point for point in reversed(line.points) if math.isfinite(point[1])) for line in shown]
     heights = spread([frame.y(value) for _, value in ends], _LABEL_GAP, frame.top, frame.bottom)
@@ -101,11 +101,12 @@ def line_chart(title: str, lines: Sequence[Line], x: Axis, y: Axis) -> str:
 def bar_chart(title: str, bars: Sequence[Bar], kinds: Sequence[str], x_label: str, y: Axis) -> str:
     """Stacked bars, such as one a round; `kinds` names what they are stacked of, from the bottom up."""
     if not any(sum(bar.values) > 0 for bar in bars):
-        return _empty(title, HEIGHT, "nothing was sent" if bars else "no round is committed yet")
+        return _empty(title, "nothing was sent" if bars else "no round is committed yet")
     frame = _Frame(Axis(x_label, 0, len(bars), 1), y, HEIGHT, x_ticks=False)
     parts = [frame.grid()]
     wide = (frame.right - frame.left) / len(bars)
-    every = math.ceil(len(bars) * 30 / (frame.right - frame.left))
+    label = max(7 * len(bar.name) for bar in bars) + 10
+    every = math.ceil(label / wide)
     for number, bar in enumerate(bars):
         left, bottom, boxes = frame.left + number * wide, 0.0, ""
         for kind, value in enumerate(bar.values):
@@ -205,5 +206,5 @@ def _color(index: int | None) -> str:
     return f"c{index % COLORS} dash{min(index // COLORS, 2)}"
 
 
-def _empty(title: str, height: float, words: str = "nothing to show yet") -> str:
-    return drawing(title, WIDTH, height, [written(WIDTH / 2, height / 2, words, "label", "middle")])
+def _empty(title: str, words: str = "nothing to show yet") -> str:
+    return drawing(title, WIDTH, EMPTY_HEIGHT, [written(_LEFT, EMPTY_HEIGHT / 2, words, "label")])

@@ -17,7 +17,7 @@ from dept_ray.rounds.methods import method_of
 from dept_ray.study import figures, page
 from dept_ray.study.plan import plan
 from dept_ray.study.story import Story
-from dept_ray.study.timeline import spoken, timeline_of
+from dept_ray.study.timeline import clock, spoken, timeline_of
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,13 @@ def _tiles(story: Story) -> str:
         last = story.rounds[-1]
         figures_.append(("training loss of the last round, nats per token", _figure(last["loss"], 3)))
         figures_.append(("tokens trained, all silos", human(last["tokens"])))
-        figures_.append(("of rounds, min:s", duration(sum(record["seconds"] for record in story.rounds))))
+        took_s = sum(record["seconds"] for record in story.rounds)
+        figures_.append((f"of rounds, {clock(took_s)}", duration(took_s)))
         figures_.append(("sent, down and up", human(sent, "B") if sent else "nothing"))
         parallel = story.data_parallel_bytes()
         if parallel and sent:
-            figures_.append(("less than data-parallel training", f"{parallel[-1][1] / sent:,.0f} times"))
+            times = parallel[-1][1] / sent
+            figures_.append(("less than data-parallel training", f"{times:,.{0 if times >= 10 else 1}f} times"))
     return page.tiles(figures_)
 
 
@@ -139,17 +141,18 @@ def _facts(story: Story) -> dict[str, str]:
     rows = {"none": "stay home", "owned": "averaged over the silos that own them", "all": "averaged"}[method.share_rows]
     drawn = ", drawn anew each round" if method.reset_embedding else ""
     chosen = f", {job.rounds.choose} silos chosen each round" if job.rounds.choose else ""
+    moments = "begin anew each round" if method.share_body and inner.optimizer_state == "reset" else "are kept"
     facts = {
         "method": f"{job.method.upper()}: {method.vocabulary} vocabulary; "
         f"body {'averaged' if method.share_body else 'stays home'}; embedding rows {rows}{drawn}; "
-        + ("one silo of all sources" if method.mixed else "a silo a source"),
+        + ("one silo of all sources, plain training" if method.mixed else "a silo a source"),
         "model": f"{model.arch}: layers {model.layers}, width {model.width}, heads {model.heads}, MLP {model.hidden}",
         "sources": ", ".join(_source(source) for source in job.sources),
         "tokenizer": f"{job.tokenizer.kind}, {job.tokenizer.vocab_size:,} rows",
         "a round": f"{inner.local_steps} steps of {inner.batch_size} x {inner.context} tokens a silo{chosen}",
         "inner": f"AdamW, peak lr {inner.lr:g}, {inner.warmup_steps} warm-up steps, "
         f"cosine to {inner.lr_floor:g} of it, betas {inner.betas[0]:g} and {inner.betas[1]:g}, "
-        f"weight decay {inner.weight_decay:g}, moments {inner.optimizer_state} each round, {inner.precision}",
+        f"weight decay {inner.weight_decay:g}, moments {moments}, precision {inner.precision}",
         "seed": str(job.seed),
     }  # fmt: skip
     if method.share_body:
@@ -240,7 +243,8 @@ def _membership(stories: Sequence[Story]) -> str:
         if len(stories) > 1:
             parts.append(page.heading(story.name, 3))
         if not events:
-            parts.append(page.words("Every silo was there from the first round to the last, and every answer counted."))
+            quiet = "Every silo was there from the first round to the last, and every answer counted."
+            parts.append(page.words(quiet if story.rounds else "no round is committed yet"))
             continue
         rows = [[f"{'after ' if e.why.startswith('people') else ''}{e.round}", e.who, e.what, e.why] for e in events]
         parts.append(page.table(["round", "silo", "what", "why"], rows, words=True))

@@ -115,7 +115,9 @@ def timeline_chart(title: str, timeline: Timeline, end: float | None = None) -> 
     if not timeline.cells:
         return drawing(title, WIDTH, 90, [written(WIDTH / 2, 50, "no round is committed yet", "label", "middle")])
     last = max(end or 0.0, timeline.end)
-    time = axis_over(f"time in rounds, {'min:s' if last >= 120 else 's'}", [0, last], zero=True, snug=True, unit="s")
+    time = axis_over(
+        f"time in rounds, {clock(last) if last >= 120 else 's'}", [0, last], zero=True, snug=True, unit="s"
+    )
     right, bottom = WIDTH - 14, _TOP + _ROW * len(timeline.silos)
 
     def at(seconds: float) -> float:
@@ -159,7 +161,7 @@ def _columns(timeline: Timeline, at: Any, bottom: float) -> list[str]:
     for name, start in timeline.columns:
         x = at(start)
         parts.append(f'<path class="grid" d="M{x:.1f} {_TOP - 4}V{bottom}"/>')
-        if x >= free:
+        if x >= free and x + 7 * len(name) < WIDTH:
             parts.append(written(x + 2, 54, name, "tick"))
             free = x + 7 * len(name) + 9
     return parts
@@ -174,7 +176,14 @@ def _time(time: Axis, at: Any, bottom: float, height: float) -> list[str]:
     return parts
 
 
+def clock(seconds: float) -> str:
+    """What `console.duration` tells such a time in."""
+    return "min:s" if seconds < 3599.5 else "h:min:s" if seconds < 48 * 3600 else "days and hours"
+
+
 def spoken(timeline: Timeline) -> str:
     """What a reader must know of the drawing."""
     shared = f" Each column is {timeline.rounds_each} rounds." if timeline.rounds_each > 1 else ""
-    return f"{duration(timeline.end)} of rounds in all (min:s); pauses between them are left out.{shared}"
+    return (
+        f"{duration(timeline.end)} of rounds in all ({clock(timeline.end)}); pauses between them are left out.{shared}"
+    )

@@ -145,6 +145,15 @@ def test_bars_are_as_high_as_they_are_worth_and_stand_on_each_other():
     assert tips(svg) == ["one", "two"]
 
 
+@pytest.mark.parametrize("names", [[str(n) for n in range(1, 61)], [f"{n}-{n + 3}" for n in range(1, 240, 4)], ["1"]])
+def test_labels_under_bars_never_overlap(names: list[str]):
+    svg = bar_chart("Bytes", [Bar(name, (1.0,), "") for name in names], ("down",), "round", Y)
+    labels = [e for e in parsed(svg).iter(f"{SVG}text") if e.text in names and e.attrib["text-anchor"] == "middle"]
+    ends = [(float(e.attrib["x"]), 3.5 * len(e.text or "")) for e in labels]
+    assert ends
+    assert all(x + half < next_x - next_half for (x, half), (next_x, next_half) in itertools.pairwise(ends))
+
+
 def test_a_method_that_sends_nothing_says_so():
     assert "nothing was sent" in texts(bar_chart("Bytes", [Bar("1", (0.0, 0.0), "")], ("down", "up"), "round", Y))
 
