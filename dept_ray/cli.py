@@ -232,12 +232,10 @@ def score(run: str) -> None:
     """Validation of RUN's last committed round, per source."""
     from dept_ray.client import Run
     from dept_ray.console import score_table
-    from dept_ray.rounds.ledger import final_record
-    from dept_ray.study.generate import score_run
 
     handle = Run.open(run)
-    round, scores = score_run(handle.job, handle.folder)
-    _console().print(score_table(final_record(handle.job, round, scores), f"{handle.job.name} after {round} rounds"))
+    record = handle.score()
+    _console().print(score_table(record, f"{handle.job.name} after {record['round']} rounds"))
 
 
 @main.command()
@@ -251,12 +249,8 @@ def score(run: str) -> None:
 def generate(run: str, source: str | None, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> None:
     """Text from RUN's model."""
     from dept_ray.client import Run
-    from dept_ray.study import generate as using
 
-    handle = Run.open(run)
-    source = source or handle.job.sources[0].name
-    _, trained = using.trained_silo(handle.job, handle.folder, source)
-    pieces = using.generate(trained, source, prompt, tokens, temperature, top_k, seed)
+    pieces = Run.open(run).sample(prompt, source, tokens, temperature, top_k, seed)
     first = next(pieces, "")  # a prompt that cannot be used fails before anything is shown
     click.echo(prompt + first, nl=False)
     for piece in pieces:
@@ -281,6 +275,16 @@ def export(run: str, out: str, source: str | None, push: str | None) -> None:
     click.echo(f'{folder} is written: AutoModelForCausalLM.from_pretrained("{folder}")')
     if push:
         click.echo(f"and uploaded as {push}")
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option("--out", help="The file to write (default: report.html in the run's folder; of several runs, here).")
+def report(runs: tuple[str, ...], out: str | None) -> None:
+    """One HTML page on RUN, or on several side by side: curves, time, bytes, membership, scores."""
+    from dept_ray.client import write_report
+
+    click.echo(write_report(runs, out))
 
 
 @main.command()

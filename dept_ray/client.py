@@ -8,10 +8,10 @@ A run that is over is read from its folder; one in progress is asked.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dept_ray.config import Job
 from dept_ray.errors import ConfigError, RunError, StoreError
@@ -19,10 +19,13 @@ from dept_ray.messages import Change, RunStatus
 from dept_ray.metrics import JsonLines, Log, Record, TensorBoard, read_records
 
 if TYPE_CHECKING:
+    import pandas
     from rich.console import Console
 
     from dept_ray.on_ray.launch import Coordinator
     from dept_ray.rounds.control import Control
+    from dept_ray.study.report import Plot
+    from dept_ray.study.story import Story
 
 Report = Callable[[str, int, int], None]
 
@@ -149,6 +152,72 @@ class Run:
         """All records; their fields are told in `rounds.ledger`."""
         return read_records(self.folder / "metrics.jsonl")
 
+    def story(self, name: str | None = None) -> "Story":
+        """What became of it, to be drawn; `name` tells it from other runs."""
+        from dept_ray.study.story import Story
+
+        now = self.status()
+        return Story(name or self.job.name, self.job, tuple(self.history()), now.phase, now.error)
+
+    def table(self, of: Literal["rounds", "silos", "scores"] = "silos") -> "pandas.DataFrame":
+        """Its records as a table: a row per round, per round and silo, or per measured state and source.
+
+        Columns are those of the record (`study.tables`), as `run.table().groupby("silo").loss.last()` uses them.
+
+        Raises:
+            ConfigError: there is no such table.
+        """
+        from dept_ray.study.tables import table_of
+
+        return table_of(self.history(), of)
+
+    def plot(self, *others: "Run") -> "Plot":
+        """Its charts, beside those of other runs, for a notebook to show; the same as `dept-ray report` draws."""
+        from dept_ray.study.report import plot_of
+
+        return plot_of([run.story(name) for run, name in _named([self, *others])])
+
+    def score(self) -> Record:
+        """Validation of the last committed round, made here and now, without Ray.
+
+        Returns:
+            As the record that closes a run: round, scores by source, and their mean.
+
+        Raises:
+            StoreError: no round is committed yet.
+            ShardError: the prepared text is not here.
+        """
+        from dept_ray.rounds.ledger import final_record
+        from dept_ray.study.generate import score_run
+
+        round, scores = score_run(self.job, self.folder)
+        return final_record(self.job, round, scores)
+
+    def sample(
+        self, prompt: str = "", source: str | None = None, tokens: int = 100, temperature: float = 0.8, top_k: int = 50,
+        seed: int = 0,
+    ) -> Iterator[str]:  # fmt: skip
+        """Text from the model of the last committed round, piece by piece: `"".join(run.sample("The "))`.
+
+        Args:
+            prompt: to go on from; it is not among the pieces.
+            source: whose tokenizer and embedding to use; None: the first one's.
+            tokens: at most.
+            temperature: 0 takes the likeliest token each time.
+            top_k: draw among that many.
+            seed: of the draws.
+
+        Raises:
+            StoreError: no round is committed yet, or the source's silo has not trained.
+            ConfigError: there is no such source, or a number is out of range.
+            VocabularyError: the prompt holds a token that a trimmed vocabulary has not.
+        """
+        from dept_ray.study import generate as using
+
+        source = source or self.job.sources[0].name
+        _, silo = using.trained_silo(self.job, self.folder, source)
+        return using.generate(silo, source, prompt, tokens, temperature, top_k, seed)
+
     def stop(self, now: bool = False) -> None:
         """End after the round in progress is committed; `now`: its silos hand in what they have."""
         if self._coordinator is not None:
@@ -229,6 +298,39 @@ class Run:
         if status.phase == "failed":
             raise RunError(f"run {status.run} failed after round {status.round}: {status.error}")
         return records
+
+
+def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """One HTML page on a run, or on several side by side.
+
+    Args:
+        runs: names under ./runs, or folders.
+        out: the file to write; None: `report.html`, in the run's folder or, of several, in this one.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        ConfigError: there is no such run.
+        StoreError: the file cannot be written.
+    """
+    from dept_ray.study.report import report_on
+    from dept_ray.text.shards import write_atomically
+
+    opened = [Run.open(run) for run in dict.fromkeys(map(str, runs))]
+    file = Path(out) if out else Path("report.html") if len(opened) > 1 else opened[0].folder / "report.html"
+    text = report_on([run.story(name) for run, name in _named(opened)])
+    try:
+        write_atomically(file, text.encode())
+    except OSError as err:
+        raise StoreError(f"{file} cannot be written ({err}): name another file with --out") from err
+    return file
+
+
+def _named(runs: Sequence[Run]) -> list[tuple[Run, str]]:
+    """Runs with names to tell them apart by: two of one name go by their folders."""
+    names = [run.job.name for run in runs]
+    return [(run, str(run.folder) if names.count(name) > 1 else name) for run, name in zip(runs, names, strict=True)]
 
 
 def prepare(job: Job, address: str | None = None, report: Report = silent, local: bool = False) -> None:

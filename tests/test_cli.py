@@ -20,7 +20,7 @@ from dept_ray.study.plan_table import headline
 
 JOBS = Path(__file__).parents[1] / "jobs"
 PAPER_JOBS = sorted(path for path in JOBS.glob("*.toml") if path.name.startswith(("pile_", "mc4_")))
-COMMANDS = ("demo", "prepare", "train", "status", "score", "generate", "export", "plan")
+COMMANDS = ("demo", "prepare", "train", "status", "score", "generate", "export", "report", "plan")
 
 
 def dept_ray(*args: str | Path) -> Result:

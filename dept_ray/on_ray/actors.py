@@ -20,6 +20,7 @@ from dept_ray.config import Job
 from dept_ray.errors import DeptError, RunError, ShardError, SiloError, StoreError
 from dept_ray.messages import Change, RoundOrder, RunStatus, SiloCard, SiloSpec, SiloStatus, SiloUpdate
 from dept_ray.metrics import JsonLines, Log, Record, TensorBoard
+from dept_ray.on_ray.prometheus import PrometheusSink, SiloGauges
 from dept_ray.rounds.changes import changed, check_change
 from dept_ray.rounds.control import Control
 from dept_ray.rounds.pool import MakeSilo
@@ -36,6 +37,7 @@ class SiloActor:
         self.job, self.spec, self.make = Job.model_validate_json(job), spec, make
         self.node = ray.get_runtime_context().get_node_id()
         self.silo: Silo | None = None
+        self.gauges = SiloGauges(self.job.name, spec.silo)
 
     def card(self) -> SiloCard:
         from dept_ray.on_ray.streaming import RayReader
@@ -65,6 +67,7 @@ class SiloActor:
     @ray.method(concurrency_group="control")
     def status(self) -> SiloStatus:
         status = self.silo.status if self.silo is not None else SiloStatus(self.spec.silo, "opening")
+        self.gauges(status)  # asked twice a second while a round is in progress
         return replace(status, node=self.node, pid=os.getpid())
 
     @ray.method(concurrency_group="control")
@@ -172,6 +175,10 @@ class CoordinatorActor:
         if self.phase != "training":
             raise RunError(f"run {self.job.name} is {self.phase}: nothing can be asked of it; start it again")
 
+    def _alive(self) -> int:
+        """How many silos have a process."""
+        return sum(status.pid > 0 for status in self.pool.statuses().values())
+
     def _run(self) -> None:
         from dept_ray.rounds.train import train
 
@@ -183,7 +190,7 @@ class CoordinatorActor:
             stands = store.stands()
             self.control.begin(stands.round, stands.heard, store)
             board = TensorBoard(store.folder / "tensorboard")
-            log = Log(JsonLines(store.metrics), board, self.records.append)
+            log = Log(JsonLines(store.metrics), board, PrometheusSink(self._alive), self.records.append)
             self.phase = "training"
             train(self.job, self.pool, store, log, self.control)
             # Its closing scores say that it is finished: how many rounds there are may have been changed meanwhile.

@@ -49,6 +49,11 @@ def silo_of(job: Job, source: str) -> str:
 def load_silo(job: Job, state: RunState, silo: str) -> Silo:
     """One silo as a committed round left it, on the CPU; its `model` is ready to use.
 
+    Args:
+        job: in force after that round.
+        state: of the round.
+        silo: its name.
+
     Raises:
         StoreError: it has not trained yet, or its snapshot is missing.
         ShardError: its prepared tokens are.
@@ -74,6 +79,10 @@ def trained_silo(job: Job, folder: Path, source: str) -> tuple[RunState, Silo]:
 
 def score_run(job: Job, folder: Path) -> tuple[int, dict[str, Score]]:
     """Validation of every source after the last committed round, in this process.
+
+    Args:
+        job: as the run began.
+        folder: of the run.
 
     Returns:
         The round, and the scores: where it was trained on this machine's CPU, those of its own final record.

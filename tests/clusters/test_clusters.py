@@ -74,7 +74,13 @@ def containers(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def test_every_file_is_known_here():
-    assert {path.name for path in CLUSTERS.iterdir()} == {*LAUNCHED, *KUBERAY, "README.md", "Dockerfile"}
+    assert {path.name for path in CLUSTERS.iterdir()} == {
+        *LAUNCHED,
+        *KUBERAY,
+        "README.md",
+        "Dockerfile",
+        "grafana.json",
+    }
     for name in (*LAUNCHED, *KUBERAY):
         assert f"({name})" in README
 
