@@ -182,10 +182,13 @@ class InnerSection(Section):
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled; matrices only, never biases, norms or embeddings."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: on the body's matrices, its updates scaled to the root mean square of AdamW's; AdamW for all else. Some
+    matrix products more a step, one moment of the matrices instead of two."""
+    optimizer_state: Literal["reset", "keep"] = "reset"
+    """Its moments at the start of a round, where the body is averaged. Bodies that stay home always keep theirs."""
     clip: Annotated[float, Field(gt=0)] = 1.0
     """Gradient norm at most."""
-    optimizer_state: Literal["reset", "keep"] = "reset"
-    """AdamW moments at the start of a round, where the body is averaged. Bodies that stay home always keep theirs."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of matrix products, by autocast; master weights are fp32 always. auto: bf16 where the processor has it."""
     compile: Literal["auto", "always", "never"] = "auto"

@@ -1,8 +1,8 @@
 """N optimizer steps on one source: the part of Algorithm 1 that runs inside a silo.
 
-One step is: accumulate micro-batches, clip, AdamW, next. Nothing in it waits for the device: losses stay there and are
-read once at the end (and a few times a minute for whoever watches). The learning rate is a function of the *global*
-step, so a silo that skipped rounds or joined late stands where all others stand.
+One step is: accumulate micro-batches, clip, AdamW or Muon, next. Nothing in it waits for the device: losses stay there
+and are read once at the end (and a few times a minute for whoever watches). The learning rate is a function of the
+*global* step, so a silo that skipped rounds or joined late stands where all others stand.
 """
 
 import math
@@ -16,7 +16,7 @@ import torch
 from dept_ray.config import Job
 from dept_ray.silo.hardware import Hardware
 from dept_ray.silo.model import Embedding, LanguageModel, Layout
-from dept_ray.silo.optimizer import AdamW, Group
+from dept_ray.silo.optimizer import AdamW, Group, Muon, Optimizer
 
 _WATCH_EVERY_S = 1.0
 
@@ -35,22 +35,25 @@ def cosine(step: int, *, steps: int, warmup: int, peak: float, floor: float) -> 
 
 def make_optimizer(
     job: Job, body: torch.Tensor, layout: Layout, body_grad: torch.Tensor, embedding: Embedding
-) -> AdamW:
-    """AdamW over the flat body (matrices, then vectors), the tokens and the positions; decay on matrices only."""
+) -> Optimizer:
+    """Over the flat body (matrices, then vectors), the tokens and the positions; decay on matrices only."""
 
     def part(start: int, stop: int) -> torch.Tensor:
         tensor = body[start:stop].detach()
         tensor.grad = body_grad[start:stop]
         return tensor
 
+    matrices = Group("matrices", part(0, layout.matrix_size), job.inner.weight_decay)
     groups = [
-        Group("matrices", part(0, layout.matrix_size), job.inner.weight_decay),
         Group("vectors", part(layout.matrix_size, layout.size), 0.0),
         Group("tokens", embedding.tokens, 0.0),
     ]
     if embedding.positions is not None:
         groups.append(Group("positions", embedding.positions, 0.0))
-    return AdamW(groups, job.inner.betas, job.inner.eps)
+    if job.inner.optimizer == "adamw":
+        return AdamW([matrices, *groups], job.inner.betas, job.inner.eps)
+    shapes = [shape for shape in layout.shapes if len(shape) > 1]
+    return Muon(matrices, shapes, AdamW(groups, job.inner.betas, job.inner.eps))
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ class Schedule:
 def train_steps(
     model: LanguageModel,
     loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    optimizer: AdamW,
+    optimizer: Optimizer,
     batches: Iterable[np.ndarray],
     *,
     job: Job,

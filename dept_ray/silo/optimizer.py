@@ -1,10 +1,13 @@
-"""AdamW over named groups of one tensor each, by torch's fused kernel.
+"""AdamW over named groups of one tensor each, by torch's fused kernel; and Muon on the body's matrices, by torch's own.
 
 `torch.optim.Optimizer` imports the compiler, 2 s of CPU in every silo's process before its first step, and does nothing
-here that these lines do not.
+for AdamW that these lines do not. Who asks for Muon pays it.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch.optim.adamw import adamw
@@ -18,6 +21,27 @@ class Group:
     tensor: torch.Tensor
     weight_decay: float
     lr: float = 0.0
+
+
+class Optimizer(Protocol):
+    """What a silo trains with."""
+
+    groups: list[Group]
+    moments: dict[str, dict[str, torch.Tensor]]
+    """By group; one that has not been stepped has none."""
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """What is stepped."""
+        ...
+
+    def step(self) -> None:
+        """One update of every group at its learning rate."""
+        ...
+
+    def zero_grad(self) -> None:
+        """Set all gradients to zero, in place: views of them live elsewhere."""
+        ...
 
 
 class AdamW:
@@ -64,3 +88,53 @@ class AdamW:
         for tensor in self.tensors:
             if tensor.grad is not None:
                 tensor.grad.zero_()
+
+
+class Muon:
+    """Orthogonalised momentum for matrices (Jordan et al. 2024, as `torch.optim.Muon`), AdamW for all else.
+
+    Updates are scaled to the root mean square of AdamW's (Liu et al., arXiv 2502.16982), so that one learning rate
+    serves both. Momentum 0.95, Nesterov, five Newton-Schulz steps in bf16; the momentum is flat, as the matrices are.
+
+    Args:
+        matrices: one flat tensor, with its gradient.
+        shapes: of the matrices in it, in order.
+        others: steps everything else.
+    """
+
+    def __init__(self, matrices: Group, shapes: Sequence[tuple[int, ...]], others: AdamW) -> None:
+        self.matrices, self.shapes, self.others = matrices, shapes, others
+        self.groups, self.moments = [matrices, *others.groups], others.moments
+        self._muon = torch.optim.Muon(self._views(matrices.tensor), adjust_lr_fn="match_rms_adamw")
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """What is stepped."""
+        return [group.tensor for group in self.groups]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update of every group at its learning rate."""
+        self.others.step()
+        flat, grad = self.matrices.tensor, self.matrices.tensor.grad
+        assert grad is not None
+        kept = self.moments.setdefault("matrices", {})
+        if not kept:
+            kept["momentum"] = torch.zeros_like(flat)
+        (settings,) = self._muon.param_groups
+        settings.update(lr=self.matrices.lr, weight_decay=self.matrices.weight_decay)
+        for matrix, gradient, momentum in zip(
+            settings["params"], self._views(grad), self._views(kept["momentum"]), strict=True
+        ):
+            matrix.grad, self._muon.state[matrix]["momentum_buffer"] = gradient, momentum
+        self._muon.step()
+
+    def zero_grad(self) -> None:
+        """Set all gradients to zero, in place."""
+        self.others.zero_grad()
+        if self.matrices.tensor.grad is not None:
+            self.matrices.tensor.grad.zero_()
+
+    def _views(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        parts = flat.split([math.prod(shape) for shape in self.shapes])
+        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]

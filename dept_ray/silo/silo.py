@@ -23,7 +23,7 @@ from dept_ray.messages import RoundOrder, Score, SiloCard, SiloSpec, SiloStatus,
 from dept_ray.silo.hardware import choose_hardware
 from dept_ray.silo.inner import Schedule, Trained, make_optimizer, train_steps
 from dept_ray.silo.model import Body, Embedding, LanguageModel, flatten_parameters, initialise, layout_of
-from dept_ray.silo.optimizer import AdamW
+from dept_ray.silo.optimizer import Optimizer
 from dept_ray.silo.score import score_corpus
 from dept_ray.silo.snapshot import load_snapshot, prune_snapshots, save_snapshot, snapshot_name
 from dept_ray.silo.wire import Shared, Wire
@@ -322,7 +322,7 @@ class Silo:
     def _keeps_moments(self) -> bool:
         return not self.spec.share_body or self.job.inner.optimizer_state == "keep"
 
-    def _new_optimizer(self) -> AdamW:
+    def _new_optimizer(self) -> Optimizer:
         self._body_grad.zero_()
         return make_optimizer(self.job, self.body, self.layout, self._body_grad, self.model.embedding)
 

@@ -35,7 +35,7 @@ class Memory:
     gradients: int
     """fp32."""
     moments: int
-    """Both of AdamW, fp32."""
+    """Both of AdamW; of Muon's matrices one; fp32."""
     casts: int
     """The bf16 copy of the weights that autocast keeps; 0 in fp32."""
     activations: int

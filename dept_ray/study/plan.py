@@ -212,13 +212,20 @@ def _memory(job: Job, parameters: int, vocabulary_size: int) -> Memory:
     return Memory(
         weights=FP32_BYTES * parameters,
         gradients=FP32_BYTES * parameters,
-        moments=2 * FP32_BYTES * parameters,
+        moments=FP32_BYTES * (2 * parameters - (_matrices(job) if inner.optimizer == "muon" else 0)),
         casts=2 * parameters if _value_bytes(job) == 2 else 0,
         activations=activation_bytes(job, micro_batch, inner.checkpoint_activations),
         activations_otherwise=activation_bytes(job, micro_batch, not inner.checkpoint_activations),
         loss=loss_bytes(rows, vocabulary_size, job.model.width),
         loss_rows=rows,
     )
+
+
+def _matrices(job: Job) -> int:
+    """Values in the body's matrices."""
+    from dept_ray.silo.model import layout_of
+
+    return layout_of(job.model).matrix_size  # pyright: ignore[reportArgumentType] - a frozen section has a hash
 
 
 def _readings(job: Job, names: tuple[str, ...], tokens: Mapping[str, int], total: float) -> tuple[SourcePlan, ...]:

@@ -24,7 +24,14 @@ def can_be_alone() -> bool:
 @pytest.mark.skipif(not can_be_alone(), reason="needs network namespaces")
 @pytest.mark.parametrize(("method", "codec", "layers"), [("spec", "fp32", 2), ("trim", "int4", 8)])
 def test_plan_and_ledger_say_what_the_kernel_counts(tmp_path: Path, method: str, codec: str, layers: int) -> None:
-    program = [sys.executable, str(Path(__file__).with_name("counted_bytes.py")), str(tmp_path), method, codec, str(layers)]
+    program = [
+        sys.executable,
+        str(Path(__file__).with_name("counted_bytes.py")),
+        str(tmp_path),
+        method,
+        codec,
+        str(layers),
+    ]
     here = Path(__file__).parent
     path = {
         **os.environ,

@@ -144,6 +144,19 @@ def test_one_silo_averaged_with_itself_is_plain_training(tiny, prepared):
     assert records[0]["loss"] == plain[0]["loss"]  # nothing has been averaged yet
 
 
+@pytest.mark.parametrize("method", ["spec", "std"])
+def test_muon_is_another_run_and_goes_on_from_its_momentum(tiny, method):
+    inner = {"optimizer": "muon", "optimizer_state": "keep"}
+    _, adamw = run(tiny(method, at="adamw", inner={"optimizer_state": "keep"}))
+    expected, whole = run(tiny(method, at="whole", inner=inner))
+    job = tiny(method, at="halves", inner=inner)
+    run(job, stop_after=1)
+    state, resumed = run(job)
+    assert [r.get("loss") for r in resumed] == [r.get("loss") for r in whole]
+    assert [r.get("loss") for r in whole] != [r.get("loss") for r in adamw]
+    assert all(torch.equal(state.tensors[name], tensor) for name, tensor in expected.tensors.items())
+
+
 def test_optimizer_state_kept_or_reset_are_different_runs(tiny):
     keep, _ = run(tiny("spec", at="keep", inner={"optimizer_state": "keep"}))
     reset, _ = run(tiny("spec", at="reset"))
