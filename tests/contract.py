@@ -116,7 +116,7 @@ class PoolContract:
         records = endure_once(harness, job, {}).rounds
         for record in records:
             for silo in record["silos"].values():
-                assert set(silo["seconds"]) == {"load", "score", "train", "save", "send", "wait"}
+                assert set(silo["seconds"]) == {"load", "score", "train", "code", "save", "send", "wait"}
                 assert min(silo["seconds"].values()) >= 0
             assert min(silo["seconds"]["wait"] for silo in record["silos"].values()) == 0
             assert all(sum(silo["seconds"].values()) <= record["seconds"] + 0.01 for silo in record["silos"].values())
