@@ -262,3 +262,21 @@ def test_the_records_say_nothing_but_numbers_and_names(ran):
     for record in read_records(RunStore(ran.job).metrics):
         rest = set(words(record)) - known - {record["event"], record["time"]}
         assert rest == set(), rest
+
+
+def test_what_is_coded_is_the_body_and_nothing_else(prepared, tmp_path):
+    job = ready_job(prepared, tmp_path / "run", "spec", rounds={"total": 2}, wire={"codec": "int4"})
+    pool, store = Tapped(), RunStore(job)
+    state = train(job, pool, store, JsonLines(store.metrics), Control())
+    pool.close()
+    assert state.body is not None
+    sent = [m for m in pool.messages if isinstance(m, RoundOrder | SiloUpdate)]
+    assert {message.rows for message in sent} == {None}
+    bodies = [body for message in sent if (body := message.body) is not None]
+    assert {body.shape for body in bodies} == {tuple(state.body.shape)}
+    forms = {(array.dtype.str, array.size) for body in bodies for array in arrays_in(body) if array.dtype != int}
+    blocks = -(-state.body.numel() // 64)
+    assert forms == {("|u1", 32 * blocks), ("<u2", blocks)}
+    assert sorted(path.name for path in store.folder.rglob("000002/*.safetensors")) == [
+        "body.safetensors", "body_residual.safetensors",
+    ]  # fmt: skip
