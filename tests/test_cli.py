@@ -89,6 +89,13 @@ def test_nothing_heavy_is_imported_before_a_command_is_called():
     assert not heavy & set(modules)
 
 
+def test_who_only_starts_or_steers_a_run_needs_no_torch():
+    code = "import sys, dept_ray.on_ray.launch, dept_ray.rounds.store; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "dept_ray.on_ray.actors" in modules
+    assert not {"torch", "pyarrow", "pandas"} & set(modules)
+
+
 def test_help_is_told_for_each_command():
     text = said("--help")
     assert all(f"\n  {command} " in text for command in COMMANDS)

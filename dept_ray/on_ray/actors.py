@@ -2,7 +2,8 @@
 
 Plain classes; they become actors where they are placed. What they hold is passed to them, what they decide is decided
 below. The silo's `control` group answers while it trains. The coordinator trains in a thread from its first moment,
-so one that Ray restarts goes on from the last committed round by itself.
+so one that Ray restarts goes on from the last committed round by itself. Who only places them needs no torch: it is
+imported where they live.
 """
 
 import asyncio
@@ -10,10 +11,11 @@ import os
 import threading
 import traceback
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from dept_ray.codec import Coded, Moves
 from dept_ray.config import Job
@@ -21,19 +23,18 @@ from dept_ray.errors import DeptError, RunError, ShardError, SiloError, StoreErr
 from dept_ray.messages import Change, RoundOrder, RunStatus, SiloCard, SiloSpec, SiloStatus, SiloUpdate
 from dept_ray.metrics import JsonLines, Log, Record, TensorBoard
 from dept_ray.on_ray.prometheus import PrometheusSink, SiloGauges
-from dept_ray.rounds.changes import changed, check_change
 from dept_ray.rounds.control import Control
-from dept_ray.rounds.pool import MakeSilo
 from dept_ray.rounds.store import RunStore, run_folder
 
 if TYPE_CHECKING:
+    from dept_ray.rounds.pool import MakeSilo
     from dept_ray.silo.silo import Silo
 
 
 class SiloActor:
     """One silo in a process of its own. It opens when asked for its card, so that what is wrong comes back whole."""
 
-    def __init__(self, job: str, spec: SiloSpec, make: MakeSilo) -> None:
+    def __init__(self, job: str, spec: SiloSpec, make: "MakeSilo") -> None:
         self.job, self.spec, self.make = Job.model_validate_json(job), spec, make
         self.node = ray.get_runtime_context().get_node_id()
         self.silo: Silo | None = None
@@ -149,6 +150,8 @@ class CoordinatorActor:
         Raises:
             ConfigError: it cannot be made; nothing was asked for.
         """
+        from dept_ray.rounds.changes import check_change
+
         await self._open_to_asking()
         if not self.control.knows(request):
             check_change(self._asked(), change)
@@ -156,6 +159,8 @@ class CoordinatorActor:
 
     def _asked(self) -> Job:
         """The job with all changes that were made, and those that were asked for and are not made yet."""
+        from dept_ray.rounds.changes import changed
+
         made = [r["change"] for r in self.records if r["event"] == "change" and "refused" not in r]
         changes = [*made, *self.control.pending]
         known, job = self._asked_for
@@ -213,3 +218,14 @@ class CoordinatorActor:
                 (run_folder(self.job) / "error.txt").write_text(error)
             # Everything is on disk. Ray would restart an actor that merely exits; one that is killed stays dead.
             ray.kill(ray.get_runtime_context().current_actor)
+
+
+def explain(err: RayError) -> DeptError:
+    """What went wrong in an actor, as one of our own errors."""
+    cause: Any = err.cause if isinstance(err, RayTaskError) else err
+    if isinstance(cause, DeptError):
+        return type(cause)(*cause.args)
+    if isinstance(cause, OutOfMemoryError):  # whose own message says less on a page
+        return SiloError("OutOfMemoryError: its node ran out of memory: lower inner.micro_batch, or place it elsewhere")
+    text = str(cause).strip()
+    return SiloError(f"{type(cause).__name__}: {text.splitlines()[-1] if text else 'no message'}")

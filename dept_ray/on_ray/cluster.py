@@ -11,8 +11,7 @@ from ray._private.state import state as cluster_state
 
 from dept_ray.config import Job
 from dept_ray.errors import ClusterError
-from dept_ray.rounds.methods import silos_of, silos_per_round
-from dept_ray.rounds.pool import resources_of
+from dept_ray.rounds.methods import resources_of, silos_of, silos_per_round
 
 NAMESPACE = "dept_ray"
 AUTOSCALES = "autoscales"

@@ -13,7 +13,7 @@ import ray.data
 from dept_ray.config import Job
 from dept_ray.errors import DeptError
 from dept_ray.on_ray.quiet import quiet_ray_data
-from dept_ray.rounds.pool import resources_of
+from dept_ray.rounds.methods import resources_of
 from dept_ray.text.prepare import RunAll, Task
 
 

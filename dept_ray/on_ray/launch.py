@@ -12,9 +12,8 @@ from dept_ray.config import Job
 from dept_ray.errors import ClusterError
 from dept_ray.messages import Change, RunStatus
 from dept_ray.metrics import Record
-from dept_ray.on_ray.actors import CoordinatorActor
+from dept_ray.on_ray.actors import CoordinatorActor, explain
 from dept_ray.on_ray.cluster import NAMESPACE
-from dept_ray.on_ray.places import explain
 
 
 def _name(run: str) -> str:

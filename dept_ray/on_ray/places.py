@@ -12,15 +12,15 @@ from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from dept_ray.config import Job
 from dept_ray.errors import ClusterError, DeptError, ShardError, SiloError
 from dept_ray.messages import SiloCard, SiloSpec, SiloStatus
-from dept_ray.on_ray.actors import SiloActor
+from dept_ray.on_ray.actors import SiloActor, explain
 from dept_ray.on_ray.cluster import leaving_nodes
-from dept_ray.rounds.methods import method_of
-from dept_ray.rounds.pool import MakeSilo, resources_of
+from dept_ray.rounds.methods import method_of, resources_of
+from dept_ray.rounds.pool import MakeSilo
 from dept_ray.silo.hardware import MALLOC_SETTINGS
 from dept_ray.silo.silo import open_corpora
 from dept_ray.text.prepare import prepare
@@ -252,14 +252,3 @@ class Places:
 def _is_data(err: RayError) -> bool:
     """Whether a silo could not open for a reason that trying again does not mend."""
     return isinstance(err, RayTaskError) and isinstance(err.cause, DeptError)
-
-
-def explain(err: RayError) -> DeptError:
-    """What went wrong in an actor, as one of our own errors."""
-    cause: Any = err.cause if isinstance(err, RayTaskError) else err
-    if isinstance(cause, DeptError):
-        return type(cause)(*cause.args)
-    if isinstance(cause, OutOfMemoryError):  # whose own message says less on a page
-        return SiloError("OutOfMemoryError: its node ran out of memory: lower inner.micro_batch, or place it elsewhere")
-    text = str(cause).strip()
-    return SiloError(f"{type(cause).__name__}: {text.splitlines()[-1] if text else 'no message'}")

@@ -17,7 +17,8 @@ from ray.exceptions import RayError, RayTaskError
 from dept_ray.config import Job
 from dept_ray.errors import SiloError
 from dept_ray.messages import RoundOrder, SiloCard, SiloStatus, SiloUpdate
-from dept_ray.on_ray.places import LOOK_EVERY_S, Places, explain
+from dept_ray.on_ray.actors import explain
+from dept_ray.on_ray.places import LOOK_EVERY_S, Places
 from dept_ray.rounds.pool import Deadline, MakeSilo, specs_of, timed
 from dept_ray.silo.silo import Silo
 

@@ -16,7 +16,7 @@ The rest of the package consults these facts and never a method's name. This fil
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from dept_ray.config import Job
+from dept_ray.config import Job, Resources
 from dept_ray.errors import ConfigError
 from dept_ray.method_names import MethodName
 
@@ -97,3 +97,8 @@ def silos_per_round(job: Job) -> int:
     """|S_t|: `rounds.choose`, or all silos where it is unset; a mixed method has one silo whatever it says."""
     silos = len(silos_of(job))
     return min(job.rounds.choose or silos, silos)
+
+
+def resources_of(job: Job, silo: str) -> Resources:
+    """What a silo holds: its source's own wish, or the job's."""
+    return next((s.resources for s in job.sources if s.name == silo and s.resources), None) or job.resources

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from dept_ray.config import Job, Resources
+from dept_ray.config import Job
 from dept_ray.errors import DeptError
 from dept_ray.messages import RoundOrder, SiloCard, SiloSpec, SiloStatus, SiloUpdate
-from dept_ray.rounds.methods import method_of, silos_of, silos_per_round
+from dept_ray.rounds.methods import method_of, resources_of, silos_of, silos_per_round
 from dept_ray.silo.hardware import compile_pays, threads_for
 from dept_ray.silo.silo import Silo
 from dept_ray.text.prepare import prepare
@@ -100,11 +100,6 @@ def specs_of(job: Job, first: Job | None = None, cores: int | None = None) -> di
         )
         for name, sources in silos_of(job).items()
     }  # fmt: skip
-
-
-def resources_of(job: Job, silo: str) -> Resources:
-    """What a silo holds: its source's own wish, or the job's."""
-    return next((s.resources for s in job.sources if s.name == silo and s.resources), None) or job.resources
 
 
 def timed(

@@ -18,16 +18,17 @@ import time
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from dept_ray.config import Job
 from dept_ray.draws import checksum
 from dept_ray.errors import RunError, StoreError, WrongRunError
 from dept_ray.messages import Change
 from dept_ray.metrics import Record, finite, read_records
-from dept_ray.rounds.state import RunState, SiloRecord
-from dept_ray.silo.model import layout_of
 from dept_ray.text.shards import write_atomically
+
+if TYPE_CHECKING:
+    from dept_ray.rounds.state import RunState
 
 FORMAT = 1
 
@@ -126,7 +127,7 @@ class RunStore:
         """The records, one JSON object a line."""
         return self.folder / "metrics.jsonl"
 
-    def save(self, state: RunState, record: dict[str, Any], corpora: dict[str, str]) -> None:
+    def save(self, state: "RunState", record: dict[str, Any], corpora: dict[str, str]) -> None:
         """Make a round a fact.
 
         Args:
@@ -237,7 +238,7 @@ class RunStore:
 
     # ------------------------------------------------------------------------------------ going on
 
-    def load(self, corpora: dict[str, str]) -> RunState | None:
+    def load(self, corpora: dict[str, str]) -> "RunState | None":
         """The last committed round, or None for a run that has none.
 
         Raises:
@@ -294,13 +295,15 @@ def in_progress(folder: Path) -> dict[str, Any] | None:
             return {}
 
 
-def load_round(folder: Path, round: int) -> tuple[RunState, dict[str, Any]]:
+def load_round(folder: Path, round: int) -> "tuple[RunState, dict[str, Any]]":
     """A committed round and its manifest.
 
     Raises:
         StoreError: a file is missing or altered.
     """
     from safetensors.torch import load
+
+    from dept_ray.rounds.state import RunState, SiloRecord
 
     where = folder / "rounds" / f"{round:06d}"
     manifest = read_manifest(where)
@@ -342,6 +345,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def layout_fingerprint(job: Job) -> str:
     """What each element of a body's flat vector means."""
+    from dept_ray.silo.model import layout_of
+
     return layout_of(job.model).fingerprint  # pyright: ignore[reportArgumentType] - a frozen section has a hash
 
 
