@@ -41,6 +41,8 @@ class Run:
     job: Job
     folder: Path
     _coordinator: "Coordinator | None" = None
+    _told: int = 0
+    """Records that `wait` need not show: this handle did, or they were there when it attached."""
 
     # ------------------------------------------------------------------------------------------ getting one
     @classmethod
@@ -119,7 +121,7 @@ class Run:
             raise RunError(
                 f"run {opened.job.name} is not in progress on this cluster; `dept-ray train` goes on with it"
             )
-        return cls(opened.job, opened.folder, coordinator)
+        return cls(opened.job, opened.folder, coordinator, coordinator.status().num_records)
 
     # ------------------------------------------------------------------------------------------ asking and telling
     def status(self) -> RunStatus:
@@ -285,16 +287,36 @@ class Run:
             self._coordinator.kill()
 
     def follow(self, console: "Console | None" = None) -> list[Record]:
-        """Show the run until it is over.
+        """Show the run until it is over. An interrupt ends the watching, not the run.
 
         Raises:
             RunError: it failed; with its reason.
         """
+        return self._watch(console, held=False)
+
+    def wait(self, console: "Console | None" = None) -> list[Record]:
+        """Show the run until it is held (after `step` or `pause`) or over. An interrupt ends the waiting, not the run.
+
+        Returns:
+            The records that were shown: all since this handle showed some last.
+
+        Raises:
+            RunError: it failed; with its reason.
+        """
+        told = self._told
+        return self._watch(console, held=True, since=told)[told:]
+
+    def _watch(self, console: "Console | None", held: bool, since: int = 0) -> list[Record]:
         from rich.console import Console
 
         from dept_ray.console import watch
 
-        status, records = watch(console or Console(), self.status, self.new_records)
+        def tell(since: int) -> list[Record]:
+            self._told = max(self._told, since)  # who asks from there on has shown what came before
+            return self.new_records(since)
+
+        status, records = watch(console or Console(), self.status, tell, since=since, held=held)
+        self._told = len(records)
         if status.phase == "failed":
             raise RunError(f"run {status.run} failed after round {status.round}: {status.error}")
         return records

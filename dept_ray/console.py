@@ -230,14 +230,23 @@ def _number(value: float, digits: int) -> str:
 
 
 def watch(
-    console: Console, status: Callable[[], RunStatus], new_records: Callable[[int], list[Record]], every_s: float = 0.5
-) -> tuple[RunStatus, list[Record]]:
+    console: Console, status: Callable[[], RunStatus], new_records: Callable[[int], list[Record]],
+    every_s: float = 0.5, since: int = 0, held: bool = False,
+) -> tuple[RunStatus, list[Record]]:  # fmt: skip
     """Show a run until it is over: a live table on a terminal, else lines per round.
+
+    Args:
+        console: to show it on.
+        status: asks the run how it is.
+        new_records: its records from a number on.
+        every_s: between two questions.
+        since: number of the first record to be told in a line.
+        held: until it is paused, too.
 
     Returns:
         The last status and all records.
     """
-    records: list[Record] = []
+    records: list[Record] = new_records(0)[:since] if since else []
     began = time.monotonic()
     if console.is_terminal:
         from rich.live import Live
@@ -247,10 +256,10 @@ def watch(
                 now = status()
                 records += new_records(len(records))
                 live.update(live_table(now, records, began), refresh=True)
-                if now.over:
+                if now.over or (held and now.phase == "paused"):
                     return now, records
                 time.sleep(every_s)
-    told = False
+    told = since > 0
     while True:
         now = status()
         fresh = new_records(len(records))
@@ -260,7 +269,7 @@ def watch(
             console.print(Text(hardware_line(now.hardware)), soft_wrap=True)
         for record in fresh:
             console.print(round_line(record), soft_wrap=True)
-        if now.over:
+        if now.over or (held and now.phase == "paused"):
             return now, records
         time.sleep(every_s)
 

@@ -228,6 +228,16 @@ def test_a_terminal_gets_the_live_table():
     assert "2 of 2 rounds" in watched(terminal=True)
 
 
+def test_waiting_ends_where_the_run_is_held_and_tells_what_is_new():
+    records = [a_round(1), a_round(2), a_round(3)]
+    moments = iter([status(round=2), status(round=3), status(round=3, phase="paused")])
+    console = Console(file=io.StringIO(), width=80, record=True)
+    last, seen = watch(console, lambda: next(moments), lambda since: records[since:], every_s=0, since=2, held=True)
+    assert (last.phase, seen) == ("paused", records)
+    assert [line.split()[:2] for line in console.export_text().splitlines()][-1] == ["round", "3"]
+    assert "round    2" not in console.export_text()
+
+
 # Final tables.
 
 

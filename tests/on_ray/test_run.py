@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -132,6 +133,26 @@ def test_hands_on_a_live_run(tiny: Make, started: Callable[..., Run], tmp_path: 
     assert sorted(records[-1]["scores"]) == ["code", "latin", "numbers", "sums"]
     changes = [r["change"] for r in records if r["event"] == "change"]
     assert [next(iter(change)) for change in changes] == ["set", "set", "drop", "add", "return", "set"]
+
+
+def test_waiting_ends_when_the_run_is_held_and_an_interrupt_ends_only_the_waiting(
+    tiny: Make, started: Callable[..., Run]
+) -> None:
+    run = started(tiny("spec", name="waited", rounds={"total": 100_000}))
+    run.step(2)
+    assert [r["round"] for r in run.wait(QUIET)] == [1, 2]
+    assert run.status().phase == "paused"
+    run.step()
+    assert [r["round"] for r in run.wait(QUIET)] == [3], "what was told before is not told again"
+    run.resume()
+    for watching in (run.wait, run.follow):
+        threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            watching(QUIET)
+        here = run.status().round
+        until(lambda here=here: run.status().round > here)
+    run.pause()
+    assert run.wait(QUIET)[-1]["round"] == run.status().round == len(run.history())
 
 
 def test_answers_come_at_once_while_silos_train(tiny: Make, started: Callable[..., Run]) -> None:
