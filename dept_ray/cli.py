@@ -8,19 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dept_ray import __version__
+from dept_ray import __version__, cli_jobs, cli_live
 from dept_ray.errors import DeptError
 from dept_ray.method_names import METHOD_NAMES
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dept_ray.client import Report, Run
+    from dept_ray.client import Report
     from dept_ray.config import Job
 
 method_option = click.option("--method", type=click.Choice(METHOD_NAMES), help="Instead of the job's own.")
-live_address = click.option("--address", help="The cluster that the run is on (default: the one its folder names).")
-now_option = click.option("--now", is_flag=True, help="Its silos hand in what they have, instead of all their steps.")
+folder_option = click.option("--folder", help="Holds data/, runs/ and silos/, instead of the job's own.")
 address_option = click.option("--address", help="Ray cluster to join (default: RAY_ADDRESS, else a local Ray).")
 
 
@@ -39,6 +38,10 @@ class Commands(click.Group):
 @click.version_option(__version__)
 def main() -> None:
     """Pre-train one language model on sources that do not belong together (DEPT, arXiv 2410.05021)."""
+
+
+for command in (*cli_live.COMMANDS, cli_jobs.submit):
+    main.add_command(command)
 
 
 @main.command()
@@ -61,12 +64,13 @@ def demo(method: str | None, folder: str, local: bool) -> None:
 @address_option
 @click.option("--local", is_flag=True, help="In this process, without Ray.")
 @method_option
-def prepare(job_file: str, address: str | None, local: bool, method: str | None) -> None:
+@folder_option
+def prepare(job_file: str, address: str | None, local: bool, method: str | None, folder: str | None) -> None:
     """Read, clean, tokenise and pack the text of JOB_FILE; what is there already is kept."""
     from dept_ray import client
 
     console = _console()
-    job = _load(job_file, method)
+    job = _load(job_file, method, folder)
     with _preparing(console) as report:
         client.prepare(job, address, report, local)
     console.print(f"{job.name}: {len(job.sources)} sources are prepared")
@@ -78,10 +82,13 @@ def prepare(job_file: str, address: str | None, local: bool, method: str | None)
 @click.option("--local", is_flag=True, help="The identical loop in this process, without Ray.")
 @click.option("--detach", is_flag=True, help="Leave the run to the cluster.")
 @method_option
-def train(job_file: str, address: str | None, local: bool, detach: bool, method: str | None) -> None:
+@folder_option
+def train(
+    job_file: str, address: str | None, local: bool, detach: bool, method: str | None, folder: str | None
+) -> None:
     """Train JOB_FILE to its last round, from wherever its run folder stands."""
     console = _console()
-    job = _load(job_file, method)
+    job = _load(job_file, method, folder)
     records = _train_here(job, console) if local else _train(job, address, console, detach)
     if records and records[-1]["event"] == "scores":
         from dept_ray.console import score_table
@@ -91,7 +98,7 @@ def train(job_file: str, address: str | None, local: bool, detach: bool, method:
 
 @main.command()
 @click.argument("run")
-@live_address
+@cli_live.address_option
 @click.option("--watch", is_flag=True, help="Go on showing it until it is over.")
 def status(run: str, address: str | None, watch: bool) -> None:
     """How RUN (a name under runs/, or a folder) is."""
@@ -118,112 +125,6 @@ def status(run: str, address: str | None, watch: bool) -> None:
         console.print(round_line(record), highlight=False)
     for record in [record for record in records if record["event"] == "round"][-1:]:
         console.print(ledger_table(record))
-
-
-# ------------------------------------------------------------------------------------------------ hands on a live run
-def _live(run: str, address: str | None) -> "Run":
-    from dept_ray.client import Run
-
-    return Run.attach(run, address)
-
-
-@main.command()
-@click.argument("run")
-@live_address
-@now_option
-def pause(run: str, address: str | None, now: bool) -> None:
-    """Hold RUN after the round in progress."""
-    _live(run, address).pause(now)
-    click.echo("it holds after the round in progress: dept-ray resume, or dept-ray step")
-
-
-@main.command()
-@click.argument("run")
-@live_address
-def resume(run: str, address: str | None) -> None:
-    """Let RUN go on after a pause."""
-    _live(run, address).resume()
-    click.echo("it goes on")
-
-
-@main.command()
-@click.argument("run")
-@click.argument("rounds", type=click.IntRange(1), default=1)
-@live_address
-def step(run: str, rounds: int, address: str | None) -> None:
-    """Let ROUNDS more rounds of RUN through, then hold."""
-    _live(run, address).step(rounds)
-    click.echo(f"it trains {rounds} more, then holds")
-
-
-@main.command()
-@click.argument("run")
-@live_address
-@now_option
-def stop(run: str, address: str | None, now: bool) -> None:
-    """End RUN after the round in progress is committed; `dept-ray train` goes on with it."""
-    _live(run, address).stop(now)
-    click.echo("it ends after the round in progress is committed")
-
-
-@main.command()
-@click.argument("run")
-@live_address
-@now_option
-def checkpoint(run: str, address: str | None, now: bool) -> None:
-    """Keep the round of RUN that is in progress for good (while it is held, the last one)."""
-    folder = _live(run, address).checkpoint(now)
-    click.echo(f"it is kept, once it is committed, in {folder}; to go back to it, delete the rounds after it")
-
-
-@main.command()
-@click.argument("run")
-@click.argument("source_file")
-@live_address
-def add(run: str, source_file: str, address: str | None) -> None:
-    """Let the source that SOURCE_FILE describes (one [[sources]] table) join RUN between two rounds."""
-    from dept_ray.jobfile import load_source
-
-    change = load_source(source_file)
-    _live(run, address).add(change)
-    click.echo(f"{change['add']['name']} is being prepared, and joins between two rounds")
-
-
-@main.command()
-@click.argument("run")
-@click.argument("silo")
-@live_address
-def drop(run: str, silo: str, address: str | None) -> None:
-    """Let SILO leave RUN after the round in progress; its snapshot stays."""
-    _live(run, address).drop(silo)
-    click.echo(f"{silo} leaves after the round in progress; dept-ray return {run} {silo} brings it back")
-
-
-@main.command("return")
-@click.argument("run")
-@click.argument("silo")
-@live_address
-def bring_back(run: str, silo: str, address: str | None) -> None:
-    """Let SILO, which was dropped or set aside, take part in RUN again."""
-    _live(run, address).bring_back(silo)
-    click.echo(f"{silo} takes part again from the next round on")
-
-
-@main.command("set")
-@click.argument("run")
-@click.argument("key")
-@click.argument("value")
-@live_address
-def set_key(run: str, key: str, value: str, address: str | None) -> None:
-    """Change a setting of RUN from the next round on, such as: set RUN outer.lr 0.7."""
-    import json
-
-    try:
-        parsed = json.loads(value)
-    except ValueError:
-        parsed = value
-    _live(run, address).set(key, parsed)
-    click.echo(f"{key} is {value} from the next round on")
 
 
 @main.command()
@@ -323,10 +224,11 @@ def _console() -> "Console":
     return Console()
 
 
-def _load(job_file: str, method: str | None) -> "Job":
+def _load(job_file: str, method: str | None, folder: str | None = None) -> "Job":
     from dept_ray.jobfile import load_job
 
-    return load_job(job_file, **({"method": method} if method else {}))
+    given = {"method": method, "folder": folder}
+    return load_job(job_file, **{key: value for key, value in given.items() if value})
 
 
 def _train_here(job: "Job", console: "Console") -> list[dict[str, Any]]:

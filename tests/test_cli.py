@@ -20,7 +20,7 @@ from dept_ray.study.plan_table import headline
 
 JOBS = Path(__file__).parents[1] / "jobs"
 PAPER_JOBS = sorted(path for path in JOBS.glob("*.toml") if path.name.startswith(("pile_", "mc4_")))
-COMMANDS = ("demo", "prepare", "train", "status", "score", "generate", "export", "report", "plan")
+COMMANDS = ("demo", "prepare", "train", "status", "score", "generate", "export", "report", "plan", "pause", "submit")
 
 
 def dept_ray(*args: str | Path) -> Result:
@@ -105,7 +105,7 @@ def test_help_is_told_for_each_command():
 
 
 def test_the_methods_offered_are_those_there_are():
-    for command in ("demo", "prepare", "train", "plan"):
+    for command in ("demo", "prepare", "train", "plan", "submit"):
         assert f"--method[{'|'.join(METHOD_NAMES)}]" in "".join(said(command, "--help").split())
 
 
@@ -158,6 +158,22 @@ def test_a_prompt_that_cannot_be_used_fails_before_anything_is_shown(run):
 
 def test_an_option_out_of_range_is_one_red_message(run):
     assert refused("generate", run, "--tokens", "0") == "ConfigError: num_tokens = 0: must be 1 or more"
+
+
+def test_submitting_wants_one_thing_at_a_time(job_file):
+    for words in ((), (job_file, "--cancel", "x"), ("--attach", "x", "--cancel", "x")):
+        result = dept_ray("submit", *words)
+        assert result.exit_code == 2
+        assert "give one of JOB_FILE, --attach ID and --cancel ID" in result.stderr
+
+
+def test_a_cluster_that_is_not_there_is_one_red_message(job_file, monkeypatch):
+    assert refused("submit", job_file, "--address", "http://127.0.0.1:9").startswith(
+        "ClusterError: no Ray dashboard answers at http://127.0.0.1:9 "
+    )
+    assert "must be a Ray dashboard's http(s)://HOST:PORT" in refused(
+        "submit", job_file, "--address", "ray://head:10001"
+    )
 
 
 # Working.

@@ -4,6 +4,7 @@ import logging
 import os
 import socket
 import warnings
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -85,12 +86,27 @@ def _check_reachable(address: str) -> None:
 
 
 def check_room(job: Job) -> None:
-    """Refuse what the cluster cannot hold: see `check_nodes`.
+    """Refuse what the cluster cannot hold: see `check_nodes` and `check_lasting`.
 
     Raises:
         ClusterError: with what was asked and what there is.
     """
+    check_lasting(job)
     check_nodes(job, [node for node in ray.nodes() if node["Alive"]])
+
+
+def check_lasting(job: Job) -> None:
+    """Refuse a folder in the copy of a working directory that Ray made for its job, and deletes after it.
+
+    Raises:
+        ClusterError: with the folder.
+    """
+    for folder in {str(job.storage_of(source.name)) for source in job.sources} | {job.folder}:
+        if "working_dir_files" in Path(folder).parts:
+            raise ClusterError(
+                f"folder {folder} is this Ray job's own copy of its working directory, which ends with the job: name "
+                "an absolute one that the cluster's nodes see, in the job file or with --folder"
+            )
 
 
 def check_nodes(job: Job, alive: list[dict[str, Any]]) -> None:
