@@ -78,15 +78,13 @@ class Coded:
 
         count, width = _rows_of(self.shape)
         flat = torch.from_numpy(vector.reshape(count, width))
-        codes = torch.from_numpy(self.codes.view(np.int16) if self.scales is None else self.codes)
-        scales = None if self.scales is None else torch.from_numpy(self.scales.view(np.int16)).view(torch.bfloat16)
         for rows, columns in _pieces(count, width):
-            if scales is None:
-                values = codes[rows, columns].view(torch.bfloat16).float()
+            if self.scales is None:
+                values = _bf16(self.codes[rows, columns])
             else:
                 blocks = slice(columns.start // BLOCK, -(-columns.stop // BLOCK))
-                values = _unpack(self.codec, codes, rows, blocks)
-                values = (values * scales[rows, blocks].float()[:, :, None]).flatten(1)
+                values = _unpack(self.codec, self.codes, rows, blocks)
+                values = (values * _bf16(self.scales[rows, blocks])[:, :, None]).flatten(1)
                 values = values[:, : columns.stop - columns.start]
             target = flat[rows, columns]
             target.add_(values) if add else target.copy_(values)
@@ -197,12 +195,21 @@ def _pack(codec: str, codes: np.ndarray, rows: slice, blocks: slice, q: "torch.T
     codes[rows, blocks.start * BLOCK // 2 : blocks.stop * BLOCK // 2] = both.numpy()
 
 
-def _unpack(codec: str, codes: "torch.Tensor", rows: slice, blocks: slice) -> "torch.Tensor":
+def _bf16(bits: np.ndarray) -> "torch.Tensor":
+    """fp32 of a few bf16 values. Copied: what came over the wire may only be read, which torch warns of."""
+    import torch
+
+    return torch.from_numpy(bits.view(np.int16).copy()).view(torch.bfloat16).float()
+
+
+def _unpack(codec: str, codes: np.ndarray, rows: slice, blocks: slice) -> "torch.Tensor":
     """The inverse of `_pack`: (rows, blocks, 64) fp32."""
     import torch
 
+    bytes_a_block = BLOCK if codec == "int8" else BLOCK // 2
+    packed = codes[rows, blocks.start * bytes_a_block : blocks.stop * bytes_a_block]
+    both = torch.from_numpy(packed.view(np.int8).copy())
     if codec == "int8":
-        return codes[rows, blocks.start * BLOCK : blocks.stop * BLOCK].float().unflatten(1, (-1, BLOCK))
-    both = codes[rows, blocks.start * BLOCK // 2 : blocks.stop * BLOCK // 2].view(torch.int8)
+        return both.float().unflatten(1, (-1, BLOCK))
     low, high = (both << 4) >> 4, both >> 4  # arithmetic shifts: the sign comes along
     return torch.stack([low, high], dim=-1).flatten(1).float().unflatten(1, (-1, BLOCK))

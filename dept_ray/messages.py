@@ -48,6 +48,12 @@ class SiloCard:
     hardware: str = ""
     """Device, threads and precision, to be printed."""
 
+    def rows_of(self, num_rows: int) -> np.ndarray | slice:
+        """Which of the `num_rows` shared rows (`RunState.rows`) it owns: its token rows, then all positions."""
+        if self.owned_rows is None:
+            return slice(None)
+        return np.concatenate([self.owned_rows, np.arange(self.global_vocabulary_size, num_rows)])
+
 
 @dataclass(frozen=True)
 class RoundOrder:

@@ -262,7 +262,9 @@ def _ask(question: Callable[[], T], job_id: str) -> T:
     try:
         return question()
     except AuthenticationError:
-        raise ClusterError("the cluster does not take our token any more: see `reach`") from None
+        raise ClusterError(
+            "the cluster does not take our token any more: copy the head's ~/.ray/auth_token again, then `--attach`"
+        ) from None
     except RuntimeError as err:
         if "status code 404" in str(err):
             raise ClusterError(

@@ -21,7 +21,7 @@ import torch
 from dept_ray.codec import Coded, encode
 from dept_ray.config import Job
 from dept_ray.messages import SiloCard, SiloUpdate
-from dept_ray.rounds.state import Move, RunState, rows_of
+from dept_ray.rounds.state import Move, RunState
 
 _CHUNK = 1 << 18
 """Values folded at a time (1 MiB): the temporary product stays in cache."""
@@ -50,7 +50,7 @@ def outer_step(job: Job, state: RunState, updates: Mapping[str, SiloUpdate], car
             )
         changed["body"] = theta
     if state.rows is not None:
-        owners = {k: rows_of(cards[k], len(state.rows)) for k in updates}
+        owners = {k: cards[k].rows_of(len(state.rows)) for k in updates}
         deltas = {k: u.rows for k, u in updates.items() if isinstance(u.rows, np.ndarray)}
         mean, reported = mean_over_owners(deltas, owners, weights, tuple(state.rows.shape))
         rows, changed["rows_momentum"] = _masked_nesterov(

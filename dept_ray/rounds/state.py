@@ -4,8 +4,7 @@ Where bodies stay home `body` is None; where embeddings stay home `rows` is None
 global vocabulary and, below them, the L learned positions: positions are rows that everybody owns.
 """
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -128,34 +127,19 @@ def shared_vocabulary(cards: dict[str, SiloCard]) -> int:
     return next(iter(sizes.values()))
 
 
-def rows_of(card: SiloCard, num_rows: int) -> np.ndarray | slice:
-    """Indices into `RunState.rows` of what a silo owns: its token rows, then all positions."""
-    if card.owned_rows is None:
-        return slice(None)
-    return np.concatenate([card.owned_rows, np.arange(card.global_vocabulary_size, num_rows)])
-
-
-def shared_bodies(state: RunState) -> Callable[[int], np.ndarray | Moves | None]:
-    """The body for one who holds that of a round: the steps since, where they are known, else all of it.
-
-    What two silos get alike is one object, which a pool need not send twice.
-    """
-
-    @functools.cache
-    def body(holds: int) -> np.ndarray | Moves | None:
-        if state.body is None:
-            return None
-        steps = _steps_since(state, holds, "body")
-        return state.body.numpy() if steps is None else Moves(tuple(state.body.shape), holds, steps)
-
-    return body
+def shared_body(state: RunState, holds: int) -> np.ndarray | Moves | None:
+    """The body for one who holds that of a round: the steps since, where they are known, else all of it."""
+    if state.body is None:
+        return None
+    steps = _steps_since(state, holds, "body")
+    return state.body.numpy() if steps is None else Moves(tuple(state.body.shape), holds, steps)
 
 
 def shared_rows(state: RunState, card: SiloCard, holds: int) -> np.ndarray | Moves | None:
-    """As `shared_bodies`, of the rows that one silo owns."""
+    """As `shared_body`, of the rows that one silo owns."""
     if state.rows is None:
         return None
-    mine, steps = rows_of(card, len(state.rows)), _steps_since(state, holds, "rows")
+    mine, steps = card.rows_of(len(state.rows)), _steps_since(state, holds, "rows")
     if steps is None:
         return state.rows[mine].numpy()
     num_rows = len(state.rows) if isinstance(mine, slice) else len(mine)

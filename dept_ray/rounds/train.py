@@ -23,7 +23,7 @@ from dept_ray.rounds.membership import choose, deadline_s, judge, members
 from dept_ray.rounds.methods import method_of
 from dept_ray.rounds.outer import outer_step
 from dept_ray.rounds.pool import SiloPool
-from dept_ray.rounds.state import RunState, corpora_of, fresh_state, shared_bodies, shared_rows
+from dept_ray.rounds.state import RunState, corpora_of, fresh_state, shared_body, shared_rows
 from dept_ray.rounds.store import RunStore
 
 Log = Callable[[dict[str, Any]], None]
@@ -116,7 +116,8 @@ def orders_for(
         holds: the round whose shared vectors a silo has in memory, by silo.
     """
     fingerprint = "" if state.body is None else checksum(state.body.numpy())
-    bodies = shared_bodies(state)
+    held = {name: (holds or {}).get(name, -1) for name in silos}
+    bodies = {round: shared_body(state, round) for round in set(held.values())}  # an object for all who get the same
     every = job.rounds.score_every
     due = steps == 0 or (every > 0 and state.round % every == 0)
     joined = {source.name for source in job.sources if source.joined}
@@ -127,8 +128,8 @@ def orders_for(
             position=state.silos[name].position, first_step=state.step, steps=steps, score=due, lr=job.inner.lr,
             total_steps=state.step + (job.rounds.total - state.round) * job.inner.local_steps,
             frozen_steps=job.faults.newcomer_steps if name in joined and not state.silos[name].rounds else 0,
-            fingerprint=fingerprint, codec=job.wire.codec, body=bodies((holds or {}).get(name, -1)),
-            rows=shared_rows(state, cards[name], (holds or {}).get(name, -1)),
+            fingerprint=fingerprint, codec=job.wire.codec, body=bodies[held[name]],
+            rows=shared_rows(state, cards[name], held[name]),
         )
         for name in silos
     }  # fmt: skip

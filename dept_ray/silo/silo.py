@@ -121,7 +121,7 @@ class Silo:
         self._after: str | None = NOWHERE
         self._stop_at: tuple[int, int] | None = None
         self._wire = Wire(spec.silo, {} if job.wire.codec == "fp32" else self._fresh_shared())
-        self.status = SiloStatus(spec.silo, holds=self._wire.holds)
+        self._status = SiloStatus(spec.silo)
 
     # ------------------------------------------------------------------------------------ what others may ask
     def card(self) -> SiloCard:
@@ -137,6 +137,11 @@ class Silo:
             global_vocabulary_size=self.vocabulary.global_size if share else 0,
             hardware=str(self.hardware),
         )
+
+    @property
+    def status(self) -> SiloStatus:
+        """What it does, and what it holds, at this moment; may be asked for from another thread."""
+        return replace(self._status, holds=self._wire.holds)
 
     def stop(self, round: int, attempt: int) -> None:
         """Ask the training of that round to hand in what it has; may be called from another thread."""
@@ -267,8 +272,8 @@ class Silo:
         if self.spec.share_body:
             shared["body"] = fresh_body_vector(self.job).numpy()
         if self.spec.share_rows:
-            rows, ids = fresh_rows(self.job, size := self.vocabulary.global_size).numpy(), self.vocabulary.ids
-            shared["rows"] = rows if ids is None else rows[np.concatenate([ids, np.arange(size, len(rows))])]
+            rows = fresh_rows(self.job, self.vocabulary.global_size).numpy()
+            shared["rows"] = rows[self.card().rows_of(len(rows))]
         return shared
 
     def _save(self, order: RoundOrder, position: Position) -> str:
@@ -351,7 +356,7 @@ class Silo:
 
     def _say(self, doing: str, order: RoundOrder, **more: float) -> None:
         now: dict[str, Any] = {"doing": doing, "round": order.round, "steps": order.steps, "step": 0, **more}
-        self.status = replace(self.status, holds=self._wire.holds, **now)
+        self._status = replace(self._status, **now)
 
     @contextmanager
     def _timed(self, what: str, seconds: dict[str, float]) -> Iterator[None]:

@@ -14,9 +14,8 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from dept_ray.config import nearest
 from dept_ray.console import figure_table
-from dept_ray.errors import ConfigError
+from dept_ray.errors import ConfigError, nearest
 
 BENCHMARKS: dict[str, tuple[str, ...]] = {
     "silo": ("bench_silo.py",),

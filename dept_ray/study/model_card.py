@@ -20,6 +20,7 @@ def model_card(
     """
     parameters = sum(parameter.numel() for parameter in silo.model.parameters())
     section, inner, record = job.model, job.inner, state.silos[silo.spec.silo]
+    optimizer = "AdamW" if inner.optimizer == "adamw" else "Muon on the body's matrices, AdamW elsewhere"
     end = silo.corpora[source].tokenizer.id_to_token(silo.corpora[source].end_of_text)
     table = [
         f"| {each} | {s['bits_per_byte']:.4f} | {s['unigram_bits_per_byte']:.4f} | {s['perplexity']:.2f} "
@@ -51,7 +52,7 @@ After {state.round} of {job.rounds.total} rounds ({state.step:,} inner steps); t
 | trained by this silo | {record.tokens:,} tokens of {", ".join(silo.spec.sources)}, in {record.rounds} rounds |
 | trained by all silos | {sum(each.tokens for each in state.silos.values()):,} tokens |
 | a round | {inner.local_steps:,} steps of {inner.batch_size} sequences of {inner.context} tokens |
-| AdamW | peak {inner.lr:g}, betas {inner.betas}, weight decay {inner.weight_decay:g}, clipped at {inner.clip:g} |
+| {optimizer} | peak {inner.lr:g}, betas {inner.betas}, weight decay {inner.weight_decay:g}, clipped at {inner.clip:g} |
 | seed, run | {job.seed}, {job.fingerprint} |
 
 ## Use

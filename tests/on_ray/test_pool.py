@@ -60,6 +60,18 @@ def test_stopped_and_resumed_on_ray_equals_uninterrupted_in_process_bit_for_bit(
     }
 
 
+@pytest.mark.parametrize(("method", "codec"), [("trim", "int4"), ("spec-opt", "bf16")])
+def test_coded_rounds_on_ray_are_those_in_process_bit_for_bit(tiny: Make, method: str, codec: str) -> None:
+    from dept_ray.on_ray.pool import RayPool
+
+    wire = {"codec": codec}
+    expected, expected_records = run(tiny(method, at="here", wire=wire), LocalPool())
+    state, records = run(tiny(method, at="there", wire=wire), RayPool())
+    assert curve(records) == curve(expected_records)  # bytes too: every silo holds what it was told before
+    assert all(torch.equal(state.tensors[name], tensor) for name, tensor in expected.tensors.items())
+    assert "body_residual" in state.tensors
+
+
 def test_a_silo_that_is_killed_is_left_out_once_and_made_anew(tiny: Make) -> None:
     import ray
 

@@ -24,7 +24,7 @@ from dept_ray.metrics import JsonLines, Log, read_records
 from dept_ray.rounds.control import Control
 from dept_ray.rounds.methods import METHODS
 from dept_ray.rounds.pool import Deadline, LocalPool
-from dept_ray.rounds.state import RunState, fresh_state, rows_of
+from dept_ray.rounds.state import RunState, fresh_state
 from dept_ray.rounds.store import RunStore
 from dept_ray.rounds.train import train
 from dept_ray.silo.inner import cosine
@@ -124,7 +124,7 @@ def test_trim_leaves_rows_that_no_source_uses_where_they_were_drawn(finished):
     trim = finished("trim")
     cards = {name: silo.card() for name, silo in trim.pool.silos.items()}
     start = fresh_state(trim.job, METHODS["trim"], cards).rows
-    used = np.unique(np.concatenate([rows_of(card, len(start)) for card in cards.values()]))
+    used = np.unique(np.concatenate([card.rows_of(len(start)) for card in cards.values()]))
     unused = np.setdiff1d(np.arange(len(start)), used)
     assert len(unused) > 100
     assert torch.equal(trim.state.rows[unused], start[unused])

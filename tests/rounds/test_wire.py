@@ -17,7 +17,7 @@ from dept_ray.messages import RoundOrder, SiloUpdate
 from dept_ray.metrics import Log
 from dept_ray.rounds.control import Control
 from dept_ray.rounds.pool import Deadline, LocalPool
-from dept_ray.rounds.state import Move, RunState, shared_bodies
+from dept_ray.rounds.state import Move, RunState, shared_body
 from dept_ray.rounds.store import RunStore
 from dept_ray.rounds.train import train
 from dept_ray.silo.silo import silo_folder
@@ -60,6 +60,7 @@ def test_every_silo_holds_the_coordinator_s_vectors_to_the_bit(tiny, method, cod
     state, _, pool = run(job)
     assert all(isinstance(order.body, Moves) for order in pool.orders)  # also of the first round: all draw the same
     assert {order.round for order in pool.orders} == {0, 1, 2, 3}
+    assert len({(order.round, id(order.body)) for order in pool.orders}) == 4  # one for all: a pool sends it once
     assert state.body is not None
     for name, held in pool.held[-1].items():
         assert np.array_equal(held["body"], state.body.numpy()), name
@@ -116,11 +117,25 @@ def test_steps_are_kept_while_they_are_fewer_bytes_than_the_body():
     body = torch.zeros(6400)
     step, _ = encode(body.numpy(), "int4")
     state = RunState(9, {}, body, moves=tuple(Move(base, step, None) for base in range(2, 9)))
-    bodies = shared_bodies(state)
-    assert [None if isinstance(bodies(h), np.ndarray) else len(bodies(h).steps) for h in (-1, 0, 1, 2, 8, 9)] == [  # pyright: ignore
-        None, None, None, 7, 1, 0,
-    ]  # fmt: skip
-    assert bodies(5) is bodies(5)
+    told = [shared_body(state, holds) for holds in (-1, 0, 1, 2, 8, 9)]
+    assert [len(each.steps) if isinstance(each, Moves) else None for each in told] == [None, None, None, 7, 1, 0]
+
+
+def test_a_silo_whose_copy_rots_is_told_everything_and_goes_on(tiny):
+    class Rotting(Watched):
+        def run_round(self, orders, deadline):
+            if orders["latin"].round == 1:
+                self.silos["latin"]._wire._held["body"][7] += 1
+            return super().run_round(orders, deadline)
+
+    job = tiny("trim", wire={"codec": "int8"}, rounds={"total": 4})
+    state, records, pool = run(job, Rotting())
+    refused = [record["refused"] for record in records[:-1]]
+    assert [list(each) for each in refused] == [[], ["latin"], [], []]
+    assert "arrived altered" in refused[1]["latin"]
+    told = {order.round: type(order.body) for order in pool.orders if order.silo == "latin"}
+    assert told == {0: Moves, 1: Moves, 2: np.ndarray, 3: Moves, 4: Moves}
+    assert state.silos["latin"].rounds == 3
 
 
 def test_what_rounding_took_waits_in_the_silo_s_snapshot(tiny):
