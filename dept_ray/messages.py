@@ -5,6 +5,7 @@ A round is one `RoundOrder` to each chosen silo and one `SiloUpdate` back. `Silo
 in both directions: no row of an embedding is ever in a message.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -100,6 +101,18 @@ class RoundOrder:
         return replace(self, body=None, rows=None)
 
 
+Delta = np.ndarray | Coded
+"""fp32, or as it was coded."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """A delta that lies where it arrived, until it is looked at: however many there are, memory is for some."""
+
+    fetch: Callable[[], Delta]
+    """Only to be read, and not to be kept."""
+
+
 @dataclass(frozen=True)
 class SiloUpdate:
     """What a silo answers: how far it trained, where it stands, and the deltas (local minus global, equation 1)."""
@@ -128,8 +141,13 @@ class SiloUpdate:
     wait (for the round's last answer)."""
     body_norm: float = 0.0
     """L2 norm of the body's delta."""
-    body: np.ndarray | Coded | None = None
-    rows: np.ndarray | Coded | None = None
+    body: Delta | Held | None = None
+    rows: Delta | Held | None = None
+
+    def delta(self, what: str) -> Delta | None:
+        """The delta of the `body`, or of the `rows`; None where it stays home. Only to be read, and not to be kept."""
+        vector = getattr(self, what)
+        return vector.fetch() if isinstance(vector, Held) else vector
 
     def without_arrays(self) -> "SiloUpdate":
         """The answer alone; arrays travel beside it."""

@@ -21,12 +21,22 @@ from dept_ray.text.prepare import prepare
 Deadline = Callable[[Sequence[float]], float]
 """Seconds that a round may take, given what those took who have answered in it already."""
 
+Meanwhile = Callable[[], None]
+"""What a coordinator does once the orders are out, while silos train: the round before is written to disk."""
+
 MakeSilo = Callable[..., Silo]
 """`Silo`, or what stands in for it: called with (job, spec) and, on Ray, `read`."""
 
 
+def nothing() -> None:
+    """A `Meanwhile` with nothing to do."""
+
+
 class SiloPool(Protocol):
     """Where silos live."""
+
+    remote: bool
+    """Whether silos work while this process does something else."""
 
     @property
     def cards(self) -> dict[str, SiloCard]:
@@ -57,8 +67,10 @@ class SiloPool(Protocol):
         """Those that can take an order now. What died since is being made anew."""
         ...
 
-    def run_round(self, orders: Mapping[str, RoundOrder], deadline: Deadline) -> dict[str, SiloUpdate | Exception]:
-        """Give each silo its order; return every answer, or the exception in its place.
+    def run_round(
+        self, orders: Mapping[str, RoundOrder], deadline: Deadline, meanwhile: Meanwhile = nothing
+    ) -> dict[str, SiloUpdate | Exception]:
+        """Give each silo its order, do something `meanwhile`; return every answer, or the exception in its place.
 
         After the deadline the late are asked to hand in what they have; who does not is left out.
         """
@@ -130,6 +142,8 @@ class LocalPool:
         make: what makes a silo.
     """
 
+    remote = False
+
     def __init__(self, make: MakeSilo = Silo) -> None:
         self.make = make
         self.silos: dict[str, Silo] = {}
@@ -151,7 +165,10 @@ class LocalPool:
     def ready(self) -> set[str]:
         return set(self.silos)
 
-    def run_round(self, orders: Mapping[str, RoundOrder], deadline: Deadline) -> dict[str, SiloUpdate | Exception]:
+    def run_round(
+        self, orders: Mapping[str, RoundOrder], deadline: Deadline, meanwhile: Meanwhile = nothing
+    ) -> dict[str, SiloUpdate | Exception]:
+        meanwhile()
         answers: dict[str, SiloUpdate | Exception] = {}
         asked_at, at = dict[str, float](), dict[str, float]()
         self._orders = dict(orders)
