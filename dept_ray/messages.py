@@ -171,11 +171,13 @@ class SiloSpec:
     reset_embedding: bool
     """Draw the token embedding anew at the start of each round (ACT)."""
     threads: int = 1
-    """CPU threads to train with."""
+    """CPU threads of each rank."""
     compile: bool = False
     """Whether forward and loss are compiled."""
     gpu: bool = False
     """Whether it trains on a GPU: where resources.num_gpus > 0."""
+    ranks: int = 1
+    """Processes that train it together."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ Deadline = Callable[[Sequence[float]], float]
 """Seconds that a round may take, given what those took who have answered in it already."""
 
 MakeSilo = Callable[..., Silo]
-"""`Silo`, or what stands in for it: called with (job, spec) and, on Ray, `read`."""
+"""`Silo`, or what stands in for it: called with (job, spec) and, on Ray, `read` and `start`."""
 
 
 class SiloPool(Protocol):
@@ -92,11 +92,13 @@ def specs_of(job: Job, first: Job | None = None, cores: int | None = None) -> di
     """
     method, first = method_of(job), first or job
     threads = threads_for(first, silos_per_round(first), cores or os.cpu_count())
+    ranks = {name: resources_of(job, name).processes for name in silos_of(job)}
     return {
         name: SiloSpec(
             silo=name, sources=sources, vocabulary=method.vocabulary, share_body=method.share_body,
-            share_rows=method.share_rows != "none", reset_embedding=method.reset_embedding, threads=threads,
-            gpu=resources_of(job, name).num_gpus > 0, compile=compile_pays(first),
+            share_rows=method.share_rows != "none", reset_embedding=method.reset_embedding,
+            threads=max(1, threads // ranks[name]), gpu=resources_of(job, name).num_gpus > 0,
+            compile=compile_pays(first), ranks=ranks[name],
         )
         for name, sources in silos_of(job).items()
     }  # fmt: skip
@@ -176,4 +178,4 @@ class LocalPool:
 
     def close(self) -> None:
         for silo in self.silos.values():
-            silo.stream.close()
+            silo.close()
