@@ -182,7 +182,8 @@ class InnerSection(Section):
     batch_size: Positive = 256
     """Sequences per optimizer step."""
     micro_batch: Positive | None = None
-    """Sequences per forward pass; gradients accumulate to `batch_size`. None: the whole batch on a CPU, 16 on a GPU."""
+    """Sequences per forward pass; gradients accumulate to `batch_size`. None: all at once on a CPU, on a GPU as many as
+    it has room for (found when the silo is made, and told)."""
     context: Positive = 2048
     """Tokens per sequence."""
     lr: Annotated[float, Field(gt=0)] = 6e-4

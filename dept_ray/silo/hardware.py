@@ -13,6 +13,7 @@ import torch
 
 from dept_ray.config import Job
 from dept_ray.errors import ClusterError
+from dept_ray.silo.flops import peak_flops
 
 MALLOC_SETTINGS = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
@@ -37,9 +38,12 @@ class Hardware:
     compile: bool
     micro_batch: int
     ranks: int = 1
+    peak_flops: float = 0.0
+    """FLOP/s of all ranks at most; 0: not known."""
 
     def __str__(self) -> str:
         words = [self.device, f"{self.threads} thread{'s' * (self.threads > 1)}", "bf16" if self.autocast else "fp32"]
+        words += [f"micro-batch {self.micro_batch}"] * (self.device_type == "cuda")
         return ", ".join(words + ["compiled"] * self.compile + [f"{self.ranks} ranks"] * (self.ranks > 1))
 
     @property
@@ -76,7 +80,8 @@ def choose_hardware(job: Job, threads: int, gpu: bool, compile: bool, ranks: int
     autocast = job.inner.precision == "bf16" or (job.inner.precision == "auto" and _has_bf16(device))
     rows = job.inner.batch_size // ranks
     micro_batch = job.inner.micro_batch or (rows if device == "cpu" else _divisor(rows, 16))
-    return Hardware(device, threads, autocast, compile, micro_batch, ranks)
+    peak = ranks * peak_flops(torch.cuda.get_device_name()) if gpu and autocast else 0.0
+    return Hardware(device, threads, autocast, compile, micro_batch, ranks, peak)
 
 
 def _divisor(number: int, most: int) -> int:
