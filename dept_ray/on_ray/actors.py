@@ -41,12 +41,11 @@ class SiloActor:
         self.gauges = SiloGauges(self.job.name, spec.silo)
 
     def card(self) -> SiloCard:
-        from dept_ray.on_ray.ranks import start_actors
         from dept_ray.on_ray.streaming import RayReader
         from dept_ray.silo.silo import open_corpora
 
         reader = RayReader(open_corpora(self.job, self.spec), self.job.inner.context)
-        self.silo = self.make(self.job, self.spec, read=reader, start=start_actors)
+        self.silo = self.make(self.job, self.spec, read=reader)
         return self.silo.card()
 
     @ray.method(num_returns=3)

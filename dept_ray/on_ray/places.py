@@ -13,15 +13,12 @@ from typing import Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
-from ray.util import remove_placement_group
-from ray.util.placement_group import PlacementGroup
 
 from dept_ray.config import Job
 from dept_ray.errors import ClusterError, DeptError, ShardError, SiloError
 from dept_ray.messages import SiloCard, SiloSpec, SiloStatus
 from dept_ray.on_ray.actors import SiloActor, explain
 from dept_ray.on_ray.cluster import leaving_nodes
-from dept_ray.on_ray.ranks import place_in, room_for
 from dept_ray.rounds.methods import method_of, resources_of
 from dept_ray.rounds.pool import MakeSilo
 from dept_ray.silo.hardware import MALLOC_SETTINGS
@@ -47,8 +44,6 @@ class Places:
         """Who could not be made, and why."""
         self._opening: dict[str, tuple[Any, float, bool]] = {}
         """Silos that were placed and have not shown their card yet: (reference, since when, whether to wait for it)."""
-        self._rooms: dict[str, PlacementGroup] = {}
-        """Of silos with several ranks."""
         self._tries: dict[str, int] = {}
         self._preparing: set[str] = set()
         self._one_at_a_time = threading.Lock()
@@ -138,25 +133,15 @@ class Places:
         """Ask Ray for a silo; `hold_up`: whether a round may wait for it, for a while."""
         resources = resources_of(self.job, name)
         env = {"TOKENIZERS_PARALLELISM": "false"} | ({} if resources.num_gpus else MALLOC_SETTINGS)
-        options: dict[str, Any] = {"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus}
-        if resources.labels:
-            options["label_selector"] = resources.labels
-        self._leave_room(name)
-        if resources.processes > 1:
-            self._rooms[name] = room_for(resources)
-            options = place_in(self._rooms[name], 0)
+        options: dict[str, Any] = {"label_selector": resources.labels} if resources.labels else {}
         as_actor: Any = ray.remote
         actor = as_actor(concurrency_groups={"control": 2})(SiloActor).options(
-            max_restarts=0, max_task_retries=0, runtime_env={"env_vars": env}, **options,
+            num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, max_restarts=0, max_task_retries=0,
+            runtime_env={"env_vars": env}, **options,
         ).remote(self.job.model_dump_json(), self.specs[name], self.make)  # fmt: skip
         self.actors[name] = actor
         self._opening[name] = (actor.card.remote(), time.monotonic(), hold_up)
         self.note(SiloStatus(name, "starting"))
-
-    def _leave_room(self, name: str) -> None:
-        """Give back what the ranks of a silo held, and with it end whoever of them is left."""
-        if (room := self._rooms.pop(name, None)) is not None:
-            remove_placement_group(room)
 
     def place_anew(self, name: str) -> None:
         """Give up a silo's process, whatever it is doing, and make another."""
@@ -197,7 +182,6 @@ class Places:
         self._tries[name] = self._tries.get(name, 0) + 1
         if in_vain or self._tries[name] >= self.job.faults.failures:
             self.failed[name] = reason
-            self._leave_room(name)
             del self._opening[name], self.actors[name]
         else:
             self.place(name)
@@ -260,9 +244,8 @@ class Places:
 
     def close(self) -> None:
         """Let all silos go."""
-        for name, actor in self.actors.items():
+        for actor in self.actors.values():
             ray.kill(actor)
-            self._leave_room(name)
         self.actors, self._opening = {}, {}
 
 

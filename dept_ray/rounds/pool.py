@@ -22,7 +22,7 @@ Deadline = Callable[[Sequence[float]], float]
 """Seconds that a round may take, given what those took who have answered in it already."""
 
 MakeSilo = Callable[..., Silo]
-"""`Silo`, or what stands in for it: called with (job, spec) and, on Ray, `read` and `start`."""
+"""`Silo`, or what stands in for it: called with (job, spec) and, on Ray, `read`."""
 
 
 class SiloPool(Protocol):

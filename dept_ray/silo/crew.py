@@ -1,8 +1,10 @@
 """`Ranks`: the other ranks of a silo, as rank 0 has them: started with its first training order, anew when one is lost.
 
 They remember nothing between two orders: each begins with a copy of what rank 0 has, so that snapshots, messages and
-scores are rank 0's alone, and a rank that is lost costs the order, never the silo. How they are started is an argument:
-child processes here, actors on a cluster. What they do is `follower`.
+scores are rank 0's alone, and a rank that is lost costs the order, never the silo. They are child processes, in process
+and on a cluster alike: there the silo's one actor holds the GPUs of all its ranks, so that they are granted and given
+back together. (A placement group outlives whoever made it: one that is killed, or started again, leaves its GPUs held
+until the whole job ends.) What they do is `follower`; how they are started is an argument, for tests.
 """
 
 import json
@@ -118,7 +120,7 @@ class Ranks:
 
 
 class _Processes:
-    """Child processes of this one."""
+    """Child processes of this one, which they do not outlive: each ends when the pipe to its input does."""
 
     def __init__(self, processes: list[subprocess.Popen[bytes]]) -> None:
         self.processes = processes
@@ -130,27 +132,29 @@ class _Processes:
         for process in self.processes:
             process.kill()
         for process in self.processes:
-            process.wait()
+            process.communicate()
 
 
 def start_processes(port: int, spec: SiloSpec) -> Crew:
-    """The others as child processes; each sees a GPU of its own where this one sees several."""
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)} | QUIET
+    """The others as child processes; on GPUs each sees one of those that this process sees.
+
+    Raises:
+        SiloError: they are too few.
+    """
     seen = _visible_gpus() if spec.gpu else [""] * spec.ranks
     if len(seen) < spec.ranks:
         raise SiloError(
-            f"silo {spec.silo} has {spec.ranks} ranks on GPUs, but this process sees {len(seen)}: lower resources.ranks"
+            f"silo {spec.silo} has {spec.ranks} ranks, but its process sees {len(seen)} GPUs: lower resources.num_gpus"
         )
+    # A rank whose first is gone would print a stack of addresses before it ends.
+    paths = os.pathsep.join(path for path in sys.path if path)
+    env = os.environ | {"PYTHONPATH": paths, "TORCH_CPP_LOG_LEVEL": "ERROR"}
     processes = []
     for rank in range(1, spec.ranks):
         own = {"CUDA_VISIBLE_DEVICES": seen[rank]} if spec.gpu else MALLOC_SETTINGS
         command = [sys.executable, "-m", "dept_ray.silo.follower", str(port), str(rank)]
-        processes.append(subprocess.Popen(command, env=env | own, stdin=subprocess.DEVNULL))
+        processes.append(subprocess.Popen(command, env=env | own, stdin=subprocess.PIPE))
     return _Processes(processes)
-
-
-QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
-"""Environment of a follower: one whose rank 0 is gone would print a stack of addresses before it ends."""
 
 
 def _visible_gpus() -> list[str]:

@@ -1,12 +1,14 @@
 """A rank of a silo other than the first: it joins, trains along with every order, and ends with rank 0.
 
-It saves, scores and answers nothing, and it begins each order with a copy of what rank 0 has. A child process runs this
-module; on a cluster an actor calls `follow`.
+It saves, scores and answers nothing, and it begins each order with a copy of what rank 0 has. A child process of rank 0
+runs this module.
 """
 
 import itertools
 import json
+import os
 import sys
+import threading
 import traceback
 from contextlib import closing, suppress
 from datetime import timedelta
@@ -69,5 +71,12 @@ def _order(store: Any, number: int) -> Any:
             return None
 
 
+def _end_with_parent() -> None:
+    """Whatever this process is doing: its input is a pipe that closes when its parent dies."""
+    sys.stdin.buffer.read()
+    os._exit(0)
+
+
 if __name__ == "__main__":
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     follow(int(sys.argv[1]), int(sys.argv[2]))

@@ -1,4 +1,4 @@
-"""On a cluster a silo of several ranks is one silo, whose ranks share a node and die with it."""
+"""On a cluster a silo of several ranks is one silo: one actor, whose other ranks live and die with it."""
 
 import os
 import signal
@@ -79,6 +79,6 @@ def followers() -> list[int]:
     found = []
     for pid in below(os.getpid()):
         with suppress(OSError):
-            if b"FollowerActor.follow" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if b"dept_ray.silo.follower" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 found.append(pid)
     return found
