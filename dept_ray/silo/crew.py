@@ -92,6 +92,7 @@ class Ranks:
         if self._crew is not None:
             self._store.set(f"order/{self._orders + 1}", "null")  # who waits for it ends without a complaint
             self._crew.end()
+            self._team.leave()
         self._crew, self._store, self._team, self._orders = None, None, ALONE, 0
 
     def _assemble(self) -> None:
@@ -153,7 +154,8 @@ def start_processes(port: int, spec: SiloSpec) -> Crew:
     for rank in range(1, spec.ranks):
         own = {"CUDA_VISIBLE_DEVICES": seen[rank]} if spec.gpu else MALLOC_SETTINGS
         command = [sys.executable, "-m", "dept_ray.silo.follower", str(port), str(rank)]
-        processes.append(subprocess.Popen(command, env=env | own, stdin=subprocess.PIPE))
+        # A session of its own: Ctrl-C is rank 0's to hear.
+        processes.append(subprocess.Popen(command, env=env | own, stdin=subprocess.PIPE, start_new_session=True))
     return _Processes(processes)
 
 

@@ -5,12 +5,15 @@ one of its chunks holds. Tried once, when the silo is made, before the optimizer
 What is found hangs on what is free: set `inner.micro_batch` where two starts must sum in the same order.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
+from dept_ray.config import Job
 from dept_ray.errors import SiloError
+from dept_ray.silo.hardware import Hardware
 from dept_ray.silo.loss import CHUNK_ROWS
+from dept_ray.silo.model import LanguageModel
 
 FILL = 0.9
 """Share of the free memory to be used: the allocator leaves gaps."""
@@ -54,30 +57,40 @@ def counts_to_try(share: int, context: int) -> list[int]:
     return counts
 
 
-def measure(step: Callable[[int], None], counts: list[int]) -> dict[int, int]:
-    """Bytes at the peak of a step with so many sequences, until one does not fit.
+def find_micro_batch(
+    model: LanguageModel, tensors: Sequence[torch.Tensor], job: Job, hardware: Hardware, part: float
+) -> int:
+    """Try a few passes on this process's GPU; gradients are left at zero.
+
+    Args:
+        model: to be trained.
+        tensors: its parameters, as the optimizer steps them, with their gradients.
+        job: whose batches and context are in force.
+        hardware: precision and ranks.
+        part: of the GPU's memory that may be used, where silos share one.
 
     Raises:
-        SiloError: not even one does.
+        SiloError: not even one sequence fits.
     """
-    peaks: dict[int, int] = {}
-    for count in counts:
+    share, peaks = job.inner.batch_size // hardware.ranks, dict[int, int]()
+    for count in counts_to_try(share, job.inner.context):
         torch.cuda.reset_peak_memory_stats()
+        ids = torch.zeros((count, job.inner.context), dtype=torch.int64, device=hardware.device)
         try:
-            step(count)
+            with torch.autocast(hardware.device_type, torch.bfloat16, enabled=hardware.autocast):
+                model.loss(ids, ids).backward()  # as it is: compiled, each count would be compiled anew
         except torch.OutOfMemoryError:
             break
         peaks[count] = torch.cuda.max_memory_allocated()
+    for tensor in tensors:
+        if tensor.grad is not None:
+            tensor.grad.zero_()
     torch.cuda.empty_cache()
     if not peaks:
         raise SiloError(
             "its GPU has no room for one sequence: set inner.checkpoint_activations = true, lower inner.context, or "
-            "give resources.num_gpus a larger part of one"
+            "give it a larger part of one (resources.num_gpus)"
         )
-    return peaks
-
-
-def free_bytes(part: float) -> int:
-    """What this process may use of its GPU, with what it has already; `part` of it where silos share one."""
     free, total = torch.cuda.mem_get_info()
-    return min(free + torch.cuda.memory_reserved(), int(part * total))
+    usable = min(free + torch.cuda.memory_reserved(), int(part * total))
+    return fitting(peaks, share, usable, later=2 * sum(tensor.nbytes for tensor in tensors))  # moments

@@ -24,7 +24,7 @@ from dept_ray.silo.crew import Ranks, Start, start_processes
 from dept_ray.silo.flops import flops_per_token
 from dept_ray.silo.hardware import choose_hardware
 from dept_ray.silo.inner import Schedule, Trained, make_optimizer, train_steps
-from dept_ray.silo.micro_batch import counts_to_try, fitting, free_bytes, measure
+from dept_ray.silo.micro_batch import find_micro_batch
 from dept_ray.silo.model import Body, Embedding, LanguageModel, flatten_parameters, initialise, layout_of
 from dept_ray.silo.optimizer import Optimizer
 from dept_ray.silo.score import score_corpus
@@ -125,7 +125,8 @@ class Silo:
         self._loss_of = torch.compile(self.model.loss) if self.hardware.compile else self.model.loss
         self._optimizer = self._new_optimizer()
         if spec.gpu and job.inner.micro_batch is None:
-            self.hardware = replace(self.hardware, micro_batch=self._find_micro_batch())
+            found = find_micro_batch(self.model, self._optimizer.tensors, job, self.hardware, spec.gpu_part)
+            self.hardware = replace(self.hardware, micro_batch=found)
         self._after: str | None = NOWHERE
         self._stop_at: tuple[int, int] | None = None
         self._ranks = Ranks(job, spec, start)
@@ -381,21 +382,6 @@ class Silo:
             self._optimizer.moments.setdefault(group, {})[key] = tensor.to(self.hardware.device)
 
     # ------------------------------------------------------------------------------------ the rest
-    def _find_micro_batch(self) -> int:
-        """Sequences per pass that fit this GPU; gradients are left at zero."""
-        device, context = self.hardware.device, self.job.inner.context
-
-        def step(count: int) -> None:
-            ids = torch.zeros((count, context), dtype=torch.int64, device=device)
-            with torch.autocast(self.hardware.device_type, torch.bfloat16, enabled=self.hardware.autocast):
-                self.model.loss(ids, ids).backward()  # not compiled: each number of sequences would be, anew
-
-        share = self.job.inner.batch_size // self.spec.ranks
-        peaks = measure(step, counts_to_try(share, context))
-        self._optimizer.zero_grad()
-        later = 2 * sum(tensor.nbytes for tensor in self._optimizer.tensors)  # moments
-        return fitting(peaks, share, free_bytes(self.spec.gpu_part), later)
-
     def _make_stream(self, read: Read) -> MixedStream:
         inner, seed = self.job.inner, self.job.seed
         streams = {n: Stream(n, int(c.train.starts(inner.context)[-1]), seed) for n, c in self.corpora.items()}

@@ -79,13 +79,17 @@ class Team:
         if ends[0] != -ends[1]:
             raise SiloError(f"the {self.size} ranks of a silo do not have the same parameters any more")
 
+    def leave(self) -> None:
+        """Wait for nobody any more: what another rank's end left unfinished on a GPU would block it for ever."""
+        if self.size > 1:
+            self._large.abort()
+
     def _done(self, collective: Callable[..., Any], *args: Any) -> None:
         """Raises SiloError where another rank is gone, or silent for longer than the group waits."""
         try:
             collective(*args).wait()
         except RuntimeError as err:
-            told = str(err).splitlines()[0]
-            raise SiloError(f"rank {self.rank} of {self.size} lost another: {told}") from None
+            raise SiloError(f"rank {self.rank} of {self.size} lost another: {_first_words(err)}") from None
 
 
 ALONE = Team()
@@ -130,8 +134,18 @@ def join(store: Any, rank: int, size: int, gpu: bool, timeout_s: float) -> Team:
             settings._timeout = wait
             large = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), rank, size, settings)
     except RuntimeError as err:
-        raise SiloError(f"rank {rank} of {size} did not meet the others: {str(err).splitlines()[0]}") from None
+        raise SiloError(f"rank {rank} of {size} did not meet the others: {_first_words(err)}") from None
     return Team(rank, size, small, large)
+
+
+def _first_words(err: Exception) -> str:
+    """Without where in torch's sources it was raised, and what that may mean.
+
+    >>> _first_words(RuntimeError("[a/b.cc:553] Connection closed by peer [127.0.0.1]:3042. This is\\nrare"))
+    'Connection closed by peer [127.0.0.1]:3042'
+    """
+    line = str(err).splitlines()[0]
+    return (line.split("] ", 1)[-1] if line.startswith("[") else line).split(". ")[0]
 
 
 def _distributed() -> Any:

@@ -1,13 +1,17 @@
 """What a token costs, what a GPU can do, and how many sequences fit: arithmetic that needs no GPU."""
 
 import doctest
+from contextlib import closing
 
 import pytest
+import torch
 
 from dept_ray.config import ModelSection
+from dept_ray.rounds.pool import specs_of
 from dept_ray.silo import flops, micro_batch
 from dept_ray.silo.flops import flops_per_token, peak_flops
-from dept_ray.silo.micro_batch import counts_to_try, fitting
+from dept_ray.silo.micro_batch import counts_to_try, find_micro_batch, fitting
+from dept_ray.silo.silo import Silo
 
 
 @pytest.mark.parametrize("module", [flops, micro_batch])
@@ -53,3 +57,19 @@ def test_few_sequences_are_tried_and_never_more_than_there_are():
     assert counts_to_try(256, 512) == [1, 2, 4, 8, 16]
     assert counts_to_try(1, 512) == [1]
     assert counts_to_try(6, 512) == [1, 2, 4]
+
+
+def test_trying_leaves_no_gradient_and_keeps_room_for_the_moments(tiny, monkeypatch):
+    """A GPU's own figures stand in for a GPU: 1000 bytes, and 100 a sequence."""
+    job = tiny("spec", inner={"batch_size": 64})
+    with closing(Silo(job, specs_of(job)["code"])) as silo:
+        tensors, seen = silo._optimizer.tensors, iter([1100, 1200, 1400, 1800, 2600])
+        moments = 2 * sum(tensor.nbytes for tensor in tensors)
+        for name, answer in {
+            "reset_peak_memory_stats": lambda: None, "empty_cache": lambda: None, "memory_reserved": lambda: 0,
+            "max_memory_allocated": lambda: next(seen), "mem_get_info": lambda: ((moments + 4300) * 10 // 9, 10**9),
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, answer)
+        monkeypatch.setitem(micro_batch.CHUNK_ROWS, "cuda", 256)
+        assert find_micro_batch(silo.model, tensors, job, silo.hardware, part=1.0) == 32  # 33 fit
+        assert not any(tensor.grad.any() for tensor in tensors)

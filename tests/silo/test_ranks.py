@@ -1,6 +1,7 @@
 """A silo of several ranks is one silo: the same numbers to rounding, one set of bits on all ranks, failing whole."""
 
 import dataclasses
+import doctest
 import os
 import signal
 import threading
@@ -16,6 +17,7 @@ from dept_ray.config import Job
 from dept_ray.errors import SiloError
 from dept_ray.messages import RoundOrder, SiloSpec
 from dept_ray.rounds.pool import specs_of
+from dept_ray.silo import team as team_module
 from dept_ray.silo.crew import Crew, start_processes
 from dept_ray.silo.follower import follow
 from dept_ray.silo.silo import Silo
@@ -195,6 +197,10 @@ def together(size: int, what: Callable[[Team], Any], timeout_s: float = 20.0) ->
     for thread in threads:
         thread.join()
     return found
+
+
+def test_the_examples_in_docstrings_hold():
+    assert doctest.testmod(team_module).failed == 0
 
 
 def test_ranks_share_a_batch_without_rest():
