@@ -267,7 +267,8 @@ class FaultsSection(Section):
     failures: Positive = 3
     """Failures in a row after which a silo is set aside, until someone lets it return."""
     start_timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds the silos may take to be placed and opened; the run starts with those that are."""
+    """Seconds the silos may take to be placed and opened; the run starts with those that are. The ranks of one silo
+    wait no longer for each other."""
     patience_s: Annotated[float, Field(ge=0)] = 20.0
     """Seconds a round waits, once, for a silo that is being made anew; then it starts without the silo."""
     deadline_mads: Annotated[float, Field(ge=0)] = 6.0
