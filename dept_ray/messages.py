@@ -139,6 +139,10 @@ class SiloUpdate:
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall seconds by what was done: load, score, train, code, save; its pool adds send (on the way, both ways) and
     wait (for the round's last answer)."""
+    flops: float = 0.0
+    """Floating point operations that its steps needed (`silo.flops`)."""
+    peak_flops: float = 0.0
+    """FLOP/s that its devices can do at most; 0: not known."""
     body_norm: float = 0.0
     """L2 norm of the body's delta."""
     body: Delta | Held | None = None
@@ -189,11 +193,15 @@ class SiloSpec:
     reset_embedding: bool
     """Draw the token embedding anew at the start of each round (ACT)."""
     threads: int = 1
-    """CPU threads to train with."""
+    """CPU threads of each rank."""
     compile: bool = False
     """Whether forward and loss are compiled."""
     gpu: bool = False
     """Whether it trains on a GPU: where resources.num_gpus > 0."""
+    gpu_part: float = 1.0
+    """Of its GPU's memory that is its own: below 1 where silos share one."""
+    ranks: int = 1
+    """Processes that train it together."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ A record of event "round" has
     sent_bytes  {down, up}: of this round's orders and answers, those of failed attempts and refused silos too
     silos       by silo: tokens, steps, loss, epochs by source, norm and cosine (to the mean) of the body's delta,
                 down_bytes, up_bytes, seconds {load, score, train, code, save, send (on the way, both ways),
-                wait (for the round's last answer)}
+                wait (for the round's last answer)}, flops (operations that its steps needed), peak_flops (FLOP/s that
+                its devices can do; 0 where not known): MFU is flops / seconds.train / peak_flops
     refused     by silo: why its answer did not count
     failed      attempts before this one that found no quorum: a list of {attempt, refused}; absent if none
     away        by silo: why it takes no part (dropped, set aside, or it could not be made)
@@ -161,6 +162,8 @@ def _silo(down_bytes: int, up_bytes: int, update: SiloUpdate, moved: np.ndarray 
         "down_bytes": down_bytes,
         "up_bytes": up_bytes,
         "seconds": {what: round(s, 3) for what, s in update.seconds.items()},
+        "flops": update.flops,
+        "peak_flops": update.peak_flops,
     }
 
 

@@ -104,11 +104,14 @@ def specs_of(job: Job, first: Job | None = None, cores: int | None = None) -> di
     """
     method, first = method_of(job), first or job
     threads = threads_for(first, silos_per_round(first), cores or os.cpu_count())
+    wishes = {name: resources_of(job, name) for name in silos_of(job)}
+    ranks = {name: wish.processes for name, wish in wishes.items()}
     return {
         name: SiloSpec(
             silo=name, sources=sources, vocabulary=method.vocabulary, share_body=method.share_body,
-            share_rows=method.share_rows != "none", reset_embedding=method.reset_embedding, threads=threads,
-            gpu=resources_of(job, name).num_gpus > 0, compile=compile_pays(first),
+            share_rows=method.share_rows != "none", reset_embedding=method.reset_embedding,
+            threads=max(1, threads // ranks[name]), gpu=wishes[name].num_gpus > 0,
+            compile=compile_pays(first), gpu_part=min(1.0, wishes[name].num_gpus), ranks=ranks[name],
         )
         for name, sources in silos_of(job).items()
     }  # fmt: skip
@@ -193,4 +196,4 @@ class LocalPool:
 
     def close(self) -> None:
         for silo in self.silos.values():
-            silo.stream.close()
+            silo.close()
