@@ -90,10 +90,39 @@ def train(
     console = _console()
     job = _load(job_file, method, folder)
     records = _train_here(job, console) if local else _train(job, address, console, detach)
-    if records and records[-1]["event"] == "scores":
-        from dept_ray.console import score_table
+    _show_scores(job, records, console)
 
-        console.print(score_table(records[-1], f"{job.name}, {job.method}, after {records[-1]['round']} rounds"))
+
+@main.command()
+@click.argument("run")
+@click.argument("job_file")
+@click.option("--embedding", type=click.Choice(("random", "own")), help="To begin from (default: the job's; random).")
+@click.option("--round", "round_", type=click.IntRange(1), help="RUN's committed round (default: the last).")
+@click.option("--silo", help="Whose body, where each silo of RUN has its own.")
+@click.option("--frozen-body", is_flag=True, help="Train the embedding alone.")
+@click.option("--name", help="Of the new run (default: the job's, or RUN's with -adapted).")
+@click.option("--against", metavar="RUN2", help="Also how fast it learnt beside this run.")
+@address_option
+@click.option("--local", is_flag=True, help="The identical loop in this process, without Ray.")
+@method_option
+@folder_option
+def adapt(
+    run: str, job_file: str, embedding: str | None, round_: int | None, silo: str | None, frozen_body: bool,
+    name: str | None, against: str | None, address: str | None, local: bool, method: str | None, folder: str | None,
+) -> None:  # fmt: skip
+    """Go on from RUN's body with JOB_FILE, whose [[sources]] suffice: one mixture with a global vocabulary."""
+    from dept_ray.client import Run, adapt_job
+    from dept_ray.study.plasticity import plasticity_table
+
+    console = _console()
+    baseline = Run.open(against) if against else None
+    init = {"embedding": embedding, "round": round_, "silo": silo, "frozen_body": frozen_body or None}
+    given = {"method": method, "folder": folder, "name": name, "init": {k: v for k, v in init.items() if v is not None}}
+    job = adapt_job(Run.open(run), job_file, **{key: value for key, value in given.items() if value})
+    records = _train_here(job, console) if local else _train(job, address, console)
+    _show_scores(job, records, console)
+    theirs, called = (baseline.history(), baseline.job.name) if baseline else ([], "")
+    console.print(plasticity_table(records, f"{job.name}: how fast it learnt", theirs, called))
 
 
 @main.command()
@@ -229,6 +258,14 @@ def _load(job_file: str, method: str | None, folder: str | None = None) -> "Job"
 
     given = {"method": method, "folder": folder}
     return load_job(job_file, **{key: value for key, value in given.items() if value})
+
+
+def _show_scores(job: "Job", records: list[dict[str, Any]], console: "Console") -> None:
+    """What a run that is finished is worth."""
+    if records and records[-1]["event"] == "scores":
+        from dept_ray.console import score_table
+
+        console.print(score_table(records[-1], f"{job.name}, {job.method}, after {records[-1]['round']} rounds"))
 
 
 def _train_here(job: "Job", console: "Console") -> list[dict[str, Any]]:

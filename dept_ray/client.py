@@ -7,7 +7,6 @@
 A run that is over is read from its folder; one in progress is asked.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +64,7 @@ class Run:
         from dept_ray.rounds.methods import silos_of
         from dept_ray.rounds.store import RunStore, in_progress
 
+        job = begun(job)
         store = RunStore(job)  # refuses another job's folder before anything is spent
         if (where := in_progress(store.folder)) is not None:
             raise RunError(
@@ -89,13 +89,9 @@ class Run:
             raise ConfigError(
                 f'no run "{run}": neither a run folder nor a name under runs/ (known: {", ".join(known) or "none"})'
             )
-        try:
-            job = Job.model_validate(json.loads((folder / "config.json").read_text())["job"])
-            # The folder may have been moved since: its data and snapshots came along.
-            job = job.model_copy(update={"folder": str(folder.absolute().parents[1])})
-        except (ValueError, KeyError) as err:
-            raise StoreError(f"{folder / 'config.json'} cannot be read ({err}): restore it") from None
-        return cls(job, folder)
+        from dept_ray.rounds.store import read_job
+
+        return cls(read_job(folder), folder)
 
     @classmethod
     def attach(cls, run: str | Path, address: str | None = None) -> "Run":
@@ -322,6 +318,30 @@ class Run:
         return records
 
 
+def adapt_job(run: Run, file: str | Path, **overrides: Any) -> Job:
+    """The job that goes on from a run's body as a job file says, with the paper's defaults where it says nothing.
+
+    Args:
+        run: that is adapted.
+        file: a job file; at the least its [[sources]].
+        overrides: replace what the file says, such as `init={"embedding": "own"}`.
+
+    Raises:
+        ConfigError: the file does not describe a job.
+        StoreError: the run has no committed round.
+    """
+    from functools import partial
+
+    from dept_ray.jobfile import load_job
+    from dept_ray.rounds.changes import changed
+    from dept_ray.rounds.store import last_round, load_round
+    from dept_ray.study.adapt import adaptation
+
+    state, _ = load_round(run.folder, last_round(run.folder))
+    overrides["init"] = {**overrides.get("init", {}), "run": str(run.folder.absolute())}
+    return load_job(file, partial(adaptation, changed(run.job, state.changes)), **overrides)
+
+
 def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
     """One HTML page on a run, or on several side by side.
 
@@ -378,6 +398,23 @@ def prepare(job: Job, address: str | None = None, report: Report = silent, local
         prepare_text(job, kind, run_all, report)
     except OSError as err:
         raise StoreError(f"prepared text cannot be written under {job.folder} or a source's storage ({err})") from err
+    if job.init.embedding == "own":
+        from dept_ray.rounds.origin import check_tokenizer
+
+        check_tokenizer(job)
+
+
+def begun(job: Job) -> Job:
+    """The job once it has what it takes from another run (`rounds.origin`); most take nothing.
+
+    Raises:
+        ConfigError, StoreError: there is no such run, it does not fit, or it cannot be read.
+    """
+    if job.init.run is None:
+        return job
+    from dept_ray.rounds.origin import begin
+
+    return begin(job)
 
 
 def train_here(
@@ -399,6 +436,7 @@ def train_here(
     from dept_ray.rounds.store import RunStore
     from dept_ray.rounds.train import train
 
+    job = begun(job)
     store = RunStore(job)
     store.hold()
     prepare(job, report=report, local=True)

@@ -119,8 +119,14 @@ def _label(word: str, record: Record) -> str:
 
 
 def _bits(label: str, record: Record) -> str:
-    """Bits per byte: the mean and, where there are several sources, each: beside it, or in aligned columns below."""
-    bits = {source: f"{score['bits_per_byte']:.3f}" for source, score in record["scores"].items()}
+    """Bits per byte: the mean and, where there are several sources, each: beside it, or in aligned columns below.
+
+    A source with a star is held out: it is not in the mean.
+    """
+    bits = {
+        source + "*" * score.get("held_out", False): f"{score['bits_per_byte']:.3f}"
+        for source, score in record["scores"].items()
+    }
     first = f"{label:<{_INDENT}}{record['mean']['bits_per_byte']:.3f} bits/byte"
     if len(bits) < 2:
         return first
@@ -293,12 +299,15 @@ def score_table(record: Record, title: str) -> Table:
         "source", "nats/token", "perplexity", "bits/byte", "unigram\nbits/byte", "minus\nunigram", "tokens",
     )  # fmt: skip
     for source, s in record["scores"].items():
+        told = f"{source} (held out)" if s.get("held_out") else source
         table.add_row(
-            source, f"{s['loss']:.4f}", f"{s['perplexity']:.1f}", f"{s['bits_per_byte']:.4f}",
+            told, f"{s['loss']:.4f}", f"{s['perplexity']:.1f}", f"{s['bits_per_byte']:.4f}",
             f"{s['unigram_bits_per_byte']:.4f}", f"{s['normalised']:.4f}", human(s["tokens"]),
         )  # fmt: skip
     mean = record["mean"]
     table.add_section()
     table.add_row("mean", "", f"{mean['perplexity']:.1f}", f"{mean['bits_per_byte']:.4f}", style="bold")
     table.add_row("as one text", f"{mean['pooled_loss']:.4f}", "", f"{mean['pooled_bits_per_byte']:.4f}")
+    if aside := record.get("mean_held_out"):
+        table.add_row("mean of held out", "", f"{aside['perplexity']:.1f}", f"{aside['bits_per_byte']:.4f}")
     return table

@@ -38,7 +38,7 @@ class SiloCard:
     sources: tuple[str, ...]
     vocabulary_size: int
     train_tokens: dict[str, int]
-    """Training tokens per source."""
+    """Training tokens per source that it trains on."""
     owned_rows: np.ndarray | None = None
     """Sorted global ids (int64) of the rows this silo owns, or None where it shares none."""
     global_vocabulary_size: int = 0
@@ -176,6 +176,8 @@ class SiloSpec:
     """Whether forward and loss are compiled."""
     gpu: bool = False
     """Whether it trains on a GPU: where resources.num_gpus > 0."""
+    held_out: tuple[str, ...] = ()
+    """Sources that it only scores."""
 
 
 @dataclass(frozen=True)

@@ -94,9 +94,10 @@ def specs_of(job: Job, first: Job | None = None, cores: int | None = None) -> di
     threads = threads_for(first, silos_per_round(first), cores or os.cpu_count())
     return {
         name: SiloSpec(
-            silo=name, sources=sources, vocabulary=method.vocabulary, share_body=method.share_body,
-            share_rows=method.share_rows != "none", reset_embedding=method.reset_embedding, threads=threads,
-            gpu=resources_of(job, name).num_gpus > 0, compile=compile_pays(first),
+            silo=name, sources=sources, held_out=job.held_out, vocabulary=method.vocabulary,
+            share_body=method.share_body, share_rows=method.share_rows != "none",
+            reset_embedding=method.reset_embedding, threads=threads, gpu=resources_of(job, name).num_gpus > 0,
+            compile=compile_pays(first),
         )
         for name, sources in silos_of(job).items()
     }  # fmt: skip
