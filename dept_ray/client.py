@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from dept_ray.on_ray.launch import Coordinator
     from dept_ray.rounds.control import Control
+    from dept_ray.study.choose import Choice
     from dept_ray.study.report import Plot
     from dept_ray.study.story import Story
 
@@ -191,6 +192,42 @@ class Run:
         round, scores = score_run(self.job, self.folder)
         return final_record(self.job, round, scores)
 
+    def choose(self, text: str) -> "Choice":
+        """The source that a text is most like (the first, of no text): whose tokenizer and embedding to use where
+        nobody says it.
+
+        Raises:
+            StoreError: no round is committed yet.
+            ShardError: the prepared text is not here.
+        """
+        from dept_ray.study.choose import choose_for
+
+        return choose_for(self.job, self.folder, text)
+
+    def score_text(self, text: str, source: str | None = None) -> Record:
+        """What the model of the last committed round makes of a text.
+
+        Args:
+            text: not empty.
+            source: whose tokenizer and embedding to use; None: the one that `choose` says.
+
+        Returns:
+            source, and the figures of a record's `scores`.
+
+        Raises:
+            ConfigError: the text is empty, or there is no such source.
+            StoreError, ShardError: as `choose`.
+            VocabularyError: the text holds a token that a trimmed vocabulary has not.
+        """
+        from dept_ray.rounds.ledger import scores_record
+        from dept_ray.study.generate import trained_silo
+
+        if not text:
+            raise ConfigError("the text to be scored is empty")
+        source = source or self.choose(text).source
+        _, silo = trained_silo(self.job, self.folder, source)
+        return {"source": source, **scores_record({source: silo.score_text(source, text)})["scores"][source]}
+
     def sample(
         self, prompt: str = "", source: str | None = None, tokens: int = 100, temperature: float = 0.8, top_k: int = 50,
         seed: int = 0,
@@ -199,7 +236,7 @@ class Run:
 
         Args:
             prompt: to go on from; it is not among the pieces.
-            source: whose tokenizer and embedding to use; None: the first one's.
+            source: whose tokenizer and embedding to use; None: the one that `choose` says.
             tokens: at most.
             temperature: 0 takes the likeliest token each time.
             top_k: draw among that many.
@@ -212,7 +249,7 @@ class Run:
         """
         from dept_ray.study import generate as using
 
-        source = source or self.job.sources[0].name
+        source = source or self.choose(prompt).source
         _, silo = using.trained_silo(self.job, self.folder, source)
         return using.generate(silo, source, prompt, tokens, temperature, top_k, seed)
 

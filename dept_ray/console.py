@@ -7,7 +7,7 @@ rich has that width wherever output is piped, and a figure that wraps is not rea
 import math
 import textwrap
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
 from rich import box
@@ -310,4 +310,25 @@ def score_table(record: Record, title: str) -> Table:
     table.add_row("as one text", f"{mean['pooled_loss']:.4f}", "", f"{mean['pooled_bits_per_byte']:.4f}")
     if aside := record.get("mean_held_out"):
         table.add_row("mean of held out", "", f"{aside['perplexity']:.1f}", f"{aside['bits_per_byte']:.4f}")
+    return table
+
+
+def text_table(score: Record, unigram_bits: Mapping[str, float], cannot: Sequence[str], what: str) -> Table:
+    """One text under one source's model, and under every source's unigram model, by which the source was chosen.
+
+    Args:
+        score: source, and the figures of a record's `scores`.
+        unigram_bits: bits per byte by source, the least first.
+        cannot: sources that have no row for one of its tokens.
+        what: the text's name.
+    """
+    table = figure_table(what, "source", "unigram\nbits/byte", "model\nbits/byte", "perplexity", "tokens")
+    for source, bits in unigram_bits.items():
+        mine = source == score["source"]
+        figures = (
+            (f"{score['bits_per_byte']:.4f}", f"{score['perplexity']:.1f}", human(score["tokens"])) if mine else ()
+        )
+        table.add_row(source, f"{bits:.4f}", *figures, style="bold" if mine else None)
+    if cannot:
+        table.caption = f"no row for one of its tokens: {', '.join(cannot)}"
     return table

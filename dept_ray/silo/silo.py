@@ -24,7 +24,7 @@ from dept_ray.silo.hardware import choose_hardware
 from dept_ray.silo.inner import Schedule, Trained, make_optimizer, train_steps
 from dept_ray.silo.model import Body, Embedding, LanguageModel, flatten_parameters, layout_of
 from dept_ray.silo.optimizer import Optimizer
-from dept_ray.silo.score import score_corpus
+from dept_ray.silo.score import score_corpus, score_text
 from dept_ray.silo.snapshot import load_snapshot, prune_snapshots, save_snapshot, snapshot_name
 from dept_ray.silo.wire import Shared, Wire
 from dept_ray.text.prepare import corpus_folder
@@ -164,12 +164,26 @@ class Silo:
 
     def score(self) -> dict[str, Score]:
         """Validation of every source that has some, with the parameters as they are."""
-        rows = max(1, 8192 // self.job.inner.context)
+        context, rows = self.job.inner.context, self._rows_scored
         return {
-            name: score_corpus(self.model, corpus, self.vocabulary, self.job.inner.context, rows, self.hardware)
+            name: score_corpus(self.model, corpus, self.vocabulary, context, rows, self.hardware)
             for name, corpus in self.corpora.items()
             if corpus.validation.tokens
         }
+
+    def score_text(self, source: str, text: str) -> Score:
+        """Any text as a source's tokenizer cuts it, with the parameters as they are.
+
+        Raises:
+            VocabularyError: it holds a token that a trimmed vocabulary has not.
+        """
+        context, rows = self.job.inner.context, self._rows_scored
+        return score_text(self.model, text, self.corpora[source], self.vocabulary, context, rows, self.hardware)
+
+    @property
+    def _rows_scored(self) -> int:
+        """Sequences per forward pass."""
+        return max(1, 8192 // self.job.inner.context)
 
     # ------------------------------------------------------------------------------------ the parts of obeying
     def _train(self, order: RoundOrder) -> Trained:
