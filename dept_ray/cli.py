@@ -96,7 +96,9 @@ def train(
 @main.command()
 @click.argument("run")
 @click.argument("job_file")
-@click.option("--embedding", type=click.Choice(("random", "own")), help="To begin from (default: the job's; random).")
+@click.option(
+    "--embedding", type=click.Choice(("random", "own", "overlap")), help="To begin from (default: the job's; random)."
+)
 @click.option("--round", "round_", type=click.IntRange(1), help="RUN's committed round (default: the last).")
 @click.option("--silo", help="Whose body, where each silo of RUN has its own.")
 @click.option("--frozen-body", is_flag=True, help="Train the embedding alone.")

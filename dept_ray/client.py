@@ -435,10 +435,10 @@ def prepare(job: Job, address: str | None = None, report: Report = silent, local
         prepare_text(job, kind, run_all, report)
     except OSError as err:
         raise StoreError(f"prepared text cannot be written under {job.folder} or a source's storage ({err})") from err
-    if job.init.embedding == "own":
-        from dept_ray.rounds.origin import check_tokenizer
+    if job.init.embedding != "random":
+        from dept_ray.rounds.origin import fit_vocabulary
 
-        check_tokenizer(job)
+        fit_vocabulary(job)
 
 
 def begun(job: Job) -> Job:

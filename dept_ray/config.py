@@ -300,9 +300,10 @@ class InitSection(Section):
     """Its committed round; None: the last."""
     silo: Name | None = None
     """Whose body, where bodies stay home and there are several (`isolated`)."""
-    embedding: Literal["random", "own"] = "random"
+    embedding: Literal["random", "own", "overlap"] = "random"
     """random: drawn from the seed, like any other. own: the run's, which must have a global vocabulary and the same
-    tokenizer as this job."""
+    tokenizer as this job. overlap: rows of the tokens that the run's embeddings have, of all its silos, and what is in
+    none drawn like them (`silo.warmstart`); under SPEC this takes rows out of the silos, whose storage must be seen."""
     frozen_body: bool = False
     """Train the embedding alone."""
     fingerprint: str | None = None

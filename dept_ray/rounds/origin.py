@@ -8,19 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dept_ray.config import Job
-from dept_ray.draws import checksum, digest
+from dept_ray.draws import checksum, digest, seed_for
 from dept_ray.errors import ConfigError, DeptError, StoreError, VocabularyError, nearest
 from dept_ray.rounds.changes import changed
-from dept_ray.rounds.methods import method_of
+from dept_ray.rounds.methods import method_of, silos_of
 from dept_ray.rounds.state import RunState
 from dept_ray.rounds.store import last_round, layout_fingerprint, load_round, read_job, run_folder
 from dept_ray.silo.fresh import origin_folder
 from dept_ray.silo.silo import silo_folder
 from dept_ray.silo.snapshot import Parts, load_snapshot, save_snapshot
+from dept_ray.silo.warmstart import Table, overlapping_rows
 from dept_ray.text.prepare import corpus_folder
+from dept_ray.text.shards import open_corpus
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,11 @@ class Origin:
     """What was found in another run."""
 
     parts: Parts
-    """`body`: {flat: (n,)}; with its own embedding, `embedding`: {tokens: (V, D), positions: (L, D)}."""
+    """`body`: {flat: (n,)}; with its own embedding, `embedding`: {tokens: (V, D), positions: (L, D)}; where tokens
+    overlap, the like of each silo whose rows are taken."""
     about: dict[str, Any]
-    """run, round, silo and fingerprint as `[init]` has them; tokenizer: digest and place of that of the embedding."""
+    """run, round, silo and fingerprint as `[init]` has them; of its own embedding, tokenizer: digest and place; of
+    those that overlap, pieces: the tokens of their rows."""
 
 
 def begin(job: Job) -> Job:
@@ -70,36 +75,45 @@ def find(job: Job) -> Origin:
     there = changed(there, state.changes)
     _check_model(job, there, manifest["layout"])
     silo = _silo(job, there, state)
-    home = load_snapshot(silo_folder(there, silo) / str(state.silos[silo].snapshot))[0] if silo else {}
-    body = state.body if state.body is not None else home["body"]["flat"]
-    parts = {"body": {"flat": body}}
-    tokenizer: dict[str, str] = {}
+    home = _home(there, state, silo) if silo else {}
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    parts["body"] = {"flat": state.body if state.body is not None else home["body"]["flat"]}
+    about: dict[str, Any] = {"run": str(folder), "round": state.round, "silo": silo}
     if job.init.embedding == "own":
-        parts["embedding"] = tables = _tables(state, there) if state.rows is not None else home["embedding"]
-        file = tokenizer_file(there)
-        tokenizer = {"file": str(file), "digest": _digest_of(file)}
-        seen = [checksum(tables[name].numpy()) for name in sorted(tables)]
-    else:
-        seen = []
-    fingerprint = digest(checksum(body.numpy()), *seen)
+        parts["embedding"] = _tables(state, there) if state.rows is not None else home["embedding"]
+        about["tokenizer"] = {"file": str(tokenizer_file(there)), "digest": _digest_of(tokenizer_file(there))}
+    elif job.init.embedding == "overlap":
+        whose = [silo] if silo else [None] if state.rows is not None else _trained(state)
+        about["pieces"] = {}
+        for name in whose:
+            tables = _tables(state, there) if state.rows is not None else _home(there, state, str(name))["embedding"]
+            parts[f"of-{name or 'all'}"] = tables
+            about["pieces"][f"of-{name or 'all'}"] = _pieces(there, name)
+    seen = [checksum(parts[part][name].numpy()) for part in sorted(parts) for name in sorted(parts[part])]
+    about["fingerprint"] = fingerprint = digest(*seen)
     if job.init.fingerprint not in (None, fingerprint):
         raise ConfigError(
             f"init.fingerprint = {job.init.fingerprint!r}: round {state.round} of {folder} is {fingerprint!r}: it was "
             "trained again since; remove the key to begin from what is there now"
         )
-    about = {"run": str(folder), "round": state.round, "silo": silo, "fingerprint": fingerprint, "tokenizer": tokenizer}
     return Origin(parts, about)
 
 
-def check_tokenizer(job: Job) -> None:
-    """Hold the tokenizer of prepared text against that of the embedding which was taken; before that, nothing.
+def fit_vocabulary(job: Job) -> None:
+    """Make the embedding that was taken one of the prepared text's vocabulary; before the run has begun, nothing.
 
     Raises:
-        VocabularyError: they differ, so that a row would mean two things.
+        VocabularyError: it is to be the run's own, whose tokenizer differs: a row would mean two things.
     """
-    if job.init.embedding == "random" or not (origin_folder(job) / "state.json").exists():
+    folder = origin_folder(job)
+    if job.init.embedding == "random" or not (folder / "state.json").exists():
         return
-    theirs = load_snapshot(origin_folder(job))[1]["tokenizer"]
+    parts, about = load_snapshot(folder)
+    if job.init.embedding == "overlap":
+        if "embedding" not in parts:
+            save_snapshot(folder, {**parts, "embedding": _overlapping(job, parts, about["pieces"])}, about)
+        return
+    theirs = about["tokenizer"]
     if _digest_of(tokenizer_file(job)) != theirs["digest"]:
         raise VocabularyError(
             f'init.embedding = "own": the tokenizer of {job.init.run} is not the one that this job\'s text was '
@@ -150,22 +164,51 @@ def _silo(job: Job, there: Job, state: RunState) -> str | None:
             f'init.embedding = "own": under method = "{there.method}" run {there.name} has no embedding of a global '
             'vocabulary; set init.embedding = "random"'
         )
-    if own and method_of(job).vocabulary == "own":
+    if job.init.embedding != "random" and method_of(job).vocabulary == "own":
         raise ConfigError(
-            f'init.embedding = "own": under method = "{job.method}" this job makes tokenizers of its own, and their '
-            'rows mean other tokens; set init.embedding = "random", or choose method = "std"'
+            f'init.embedding = "{job.init.embedding}": under method = "{job.method}" this job makes tokenizers '
+            'of its own, and their rows mean other tokens; set init.embedding = "random", or choose method = "std"'
         )
     if method.share_body and not (own and method.share_rows == "none"):
         if asked is not None:
             raise ConfigError(f"init.silo = {asked!r}: all silos of run {there.name} share what is taken; remove it")
         return None
-    trained = sorted(name for name, silo in state.silos.items() if silo.snapshot)
+    trained = _trained(state)
     if asked is None and len(trained) == 1:
         return trained[0]
     if asked not in trained:
         why = "needed, for each silo has a body of its own" if asked is None else "no such silo has trained"
         raise ConfigError(f"init.silo = {asked!r}: {why}; known: {', '.join(trained)}")
     return asked
+
+
+def _trained(state: RunState) -> list[str]:
+    return sorted(name for name, silo in state.silos.items() if silo.snapshot)
+
+
+def _home(there: Job, state: RunState, silo: str) -> dict[str, dict[str, torch.Tensor]]:
+    """What a silo keeps at home."""
+    return load_snapshot(silo_folder(there, silo) / str(state.silos[silo].snapshot))[0]
+
+
+def _pieces(there: Job, silo: str | None) -> list[str]:
+    """The tokens of a silo's rows (None: of the shared ones), in the order of the rows."""
+    vocabulary = method_of(there).vocabulary if silo else "global"
+    source = there.trained[0] if silo is None else silos_of(there)[silo][0]
+    corpus = open_corpus(corpus_folder(there, source, "own" if vocabulary == "own" else "global"), verify=False)
+    rows = corpus.trimmed if vocabulary == "trimmed" else corpus.vocabulary
+    tokenizer = corpus.tokenizer
+    return [tokenizer.id_to_token(int(id)) or "" for id in rows.to_global(np.arange(rows.size))]
+
+
+def _overlapping(job: Job, parts: Parts, pieces: dict[str, list[str]]) -> dict[str, torch.Tensor]:
+    """The embedding of this job's global vocabulary; its positions are those of the first table."""
+    corpus = open_corpus(corpus_folder(job, job.trained[0], "global"), verify=False)
+    tokenizer = corpus.tokenizer
+    mine = [tokenizer.id_to_token(id) or "" for id in range(corpus.vocabulary.size)]
+    tables = [Table(tuple(pieces[name]), parts[name]["tokens"]) for name in sorted(pieces)]
+    generator = torch.Generator().manual_seed(seed_for(job.seed, "overlap"))
+    return {**parts[min(pieces)], "tokens": overlapping_rows(mine, tables, generator)}
 
 
 def _tables(state: RunState, there: Job) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import ready_job
 
-from dept_ray.client import begun, train_here
+from dept_ray.client import begun, prepare, train_here
 from dept_ray.config import Job
 from dept_ray.errors import ConfigError, StoreError, VocabularyError, WrongRunError
 from dept_ray.metrics import read_records
@@ -158,6 +158,34 @@ def test_a_run_that_shares_rows_begins_with_all_of_them_and_a_trimmed_silo_with_
     silo = opened(home)
     assert silo.vocabulary.size < 300
     assert torch.equal(silo.model.embedding.tokens, rows[silo.vocabulary.ids])
+
+
+def test_where_the_tokens_are_the_same_overlapping_rows_are_the_run_s_own(trained, tiny):
+    own, overlap = (
+        begin_prepared(adapting(tiny, trained("trim"), at=kind, init={"embedding": kind}))
+        for kind in ("own", "overlap")
+    )
+    assert torch.equal(fresh_rows(own, 300), fresh_rows(overlap, 300))
+
+
+@pytest.mark.parametrize("method", ["spec-opt", "spec", "std"])
+def test_tokens_that_a_silo_knew_begin_from_its_rows(trained, tiny, method: str):
+    run = trained(method)
+    job = begin_prepared(adapting(tiny, run, init={"embedding": "overlap"}))
+    rows = fresh_embedding(job, Vocabulary(300), "mixture").tokens
+    assert torch.isfinite(rows).all()
+    first = sorted(specs_of(run))[0]
+    state, _ = load_round(run_folder(run), 3)
+    theirs = load_snapshot(silo_folder(run, first) / str(state.silos[first].snapshot))[0]["embedding"]["tokens"]
+    taken = (rows[:, None] == theirs[None]).all(-1).any(1).sum()
+    assert taken > 0, "what only the first silo knew is there to the bit"
+    assert run_rounds(job).round == 3
+
+
+def begin_prepared(job: Job) -> Job:
+    job = begun(job)
+    prepare(job, local=True)
+    return job
 
 
 def test_active_forgetting_still_draws_its_embedding_anew(trained, tiny):
