@@ -13,9 +13,10 @@ import pytest
 from click.testing import CliRunner
 
 from dept_ray.cli import main
-from dept_ray.client import Run, train_here, write_report
+from dept_ray.client import Run, write_report
 from dept_ray.config import Job
 from dept_ray.errors import ConfigError, StoreError
+from dept_ray.in_process import train_here
 from dept_ray.jobfile import parse_job
 from dept_ray.rounds.control import Control
 from dept_ray.rounds.methods import METHODS
