@@ -60,7 +60,7 @@ class Run:
             DataError: the text cannot be prepared.
             WrongRunError: the run folder belongs to another job.
         """
-        from dept_ray.on_ray.cluster import check_room, connect
+        from dept_ray.on_ray.cluster import connect
         from dept_ray.on_ray.launch import Coordinator
         from dept_ray.rounds.methods import silos_of
         from dept_ray.rounds.store import RunStore, in_progress
@@ -72,7 +72,6 @@ class Run:
                 "or give this job another `name`"
             )
         connect(address, silos=len(silos_of(job)), outlive=detach)
-        check_room(job)
         prepare(job, address, report)
         return cls(job, store.folder, Coordinator.start(job, detach))
 
@@ -356,15 +355,20 @@ def _named(runs: Sequence[Run]) -> list[tuple[Run, str]]:
 
 
 def prepare(job: Job, address: str | None = None, report: Report = silent, local: bool = False) -> None:
-    """Raw text to shards, where that is due: on Ray Data, or in this process.
+    """Raw text to shards, where that is due: on Ray Data, or in this process. Behind a mailbox each region does it.
 
     Raises:
+        ConfigError: it cannot be prepared region by region.
         DataError: the text cannot be prepared.
     """
     from dept_ray.rounds.methods import method_of
+    from dept_ray.rounds.regions import check_regions
     from dept_ray.text.prepare import prepare as prepare_text
     from dept_ray.text.prepare import run_here
 
+    if job.regions.mailbox:
+        check_regions(job)
+        return
     kind = "own" if method_of(job).vocabulary == "own" else "global"
     run_all = run_here
     if not local:
@@ -395,6 +399,7 @@ def train_here(
         The run's last state.
     """
     from dept_ray.rounds.control import Control
+    from dept_ray.rounds.mailbox import MailboxPool
     from dept_ray.rounds.pool import LocalPool
     from dept_ray.rounds.store import RunStore
     from dept_ray.rounds.train import train
@@ -402,7 +407,7 @@ def train_here(
     store = RunStore(job)
     store.hold()
     prepare(job, report=report, local=True)
-    board, pool = TensorBoard(store.folder / "tensorboard"), LocalPool()
+    board, pool = TensorBoard(store.folder / "tensorboard"), MailboxPool() if job.regions.mailbox else LocalPool()
     try:
         return train(job, pool, store, Log(JsonLines(store.metrics), board, log), control or Control())
     finally:
