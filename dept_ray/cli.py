@@ -73,7 +73,8 @@ def prepare(job_file: str, address: str | None, local: bool, method: str | None,
     job = _load(job_file, method, folder)
     with _preparing(console) as report:
         client.prepare(job, address, report, local)
-    console.print(f"{job.name}: {len(job.sources)} sources are prepared")
+    where = "will be prepared by their regions" if job.regions.mailbox else "are prepared"
+    console.print(f"{job.name}: {len(job.sources)} sources {where}")
 
 
 @main.command()

@@ -30,7 +30,7 @@ def region(
         from dept_ray.on_ray.region import region_on_ray
 
         agent = region_on_ray(mailbox, borne, address, folder, click.echo)
-    click.echo(f"region {agent.name} looks into {mailbox}")
+    click.echo(f"region {agent.name} looks into {agent.box.uri}")
     signal.signal(signal.SIGTERM, _end)
     try:
         agent.serve(leave)
@@ -44,6 +44,6 @@ def _end(*signal_and_frame: Any) -> None:
 
 def _labels(text: str) -> dict[str, str]:
     pairs = [pair.partition("=") for pair in text.split(",") if pair]
-    if wrong := [key for key, _, value in pairs if not key or not value]:
+    if wrong := [key for key, _, value in pairs if not key or not value or "/" in value]:
         raise click.UsageError(f"--labels {text!r}: {wrong[0]!r} has no value; write region=eu,market=spot")
     return {key.strip(): value.strip() for key, _, value in pairs}

@@ -60,11 +60,13 @@ class Run:
             DataError: the text cannot be prepared.
             WrongRunError: the run folder belongs to another job.
         """
-        from dept_ray.on_ray.cluster import connect
+        from dept_ray.on_ray.cluster import check_lasting, connect
         from dept_ray.on_ray.launch import Coordinator
         from dept_ray.rounds.methods import silos_of
+        from dept_ray.rounds.regions import check_regions
         from dept_ray.rounds.store import RunStore, in_progress
 
+        check_regions(job)
         store = RunStore(job)  # refuses another job's folder before anything is spent
         if (where := in_progress(store.folder)) is not None:
             raise RunError(
@@ -72,6 +74,7 @@ class Run:
                 "or give this job another `name`"
             )
         connect(address, silos=len(silos_of(job)), outlive=detach)
+        check_lasting(job)
         prepare(job, address, report)
         return cls(job, store.folder, Coordinator.start(job, detach))
 
@@ -366,8 +369,8 @@ def prepare(job: Job, address: str | None = None, report: Report = silent, local
     from dept_ray.text.prepare import prepare as prepare_text
     from dept_ray.text.prepare import run_here
 
+    check_regions(job)
     if job.regions.mailbox:
-        check_regions(job)
         return
     kind = "own" if method_of(job).vocabulary == "own" else "global"
     run_all = run_here

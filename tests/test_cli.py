@@ -20,7 +20,9 @@ from dept_ray.study.plan_table import headline
 
 JOBS = Path(__file__).parents[1] / "jobs"
 PAPER_JOBS = sorted(path for path in JOBS.glob("*.toml") if path.name.startswith(("pile_", "mc4_")))
-COMMANDS = ("demo", "prepare", "train", "status", "score", "generate", "export", "report", "plan", "pause", "submit")
+COMMANDS = (
+    "demo", "prepare", "train", "status", "score", "generate", "export", "report", "plan", "pause", "submit", "region",
+)  # fmt: skip
 
 
 def dept_ray(*args: str | Path) -> Result:
@@ -237,3 +239,9 @@ def test_text_goes_on_from_the_prompt_and_hangs_on_the_seed(run):
     assert said(*ask) == first
     assert said(*ask, "--seed", "1") != first
     assert said("generate", run, "--tokens", "3"), "the first source, an empty prompt"
+
+
+def test_a_region_s_labels_have_values(tmp_path):
+    result = dept_ray("region", "--mailbox", tmp_path, "--labels", "region=eu,spot")
+    assert result.exit_code == 2
+    assert "'spot' has no value; write region=eu,market=spot" in result.stderr

@@ -16,8 +16,8 @@ from typing import Any
 
 from dept_ray.config import Job, RegionsSection
 from dept_ray.draws import digest
-from dept_ray.errors import DeptError, RunError, SiloError, StoreError
-from dept_ray.messages import RoundOrder, SiloStatus
+from dept_ray.errors import DeptError, RunError, ShardError, SiloError, StoreError
+from dept_ray.messages import RoundOrder, SiloStatus, SiloUpdate
 from dept_ray.rounds.letters import Mailbox, seal
 from dept_ray.rounds.mailbox import BEAT, RUN
 from dept_ray.rounds.methods import method_of
@@ -119,7 +119,10 @@ class Agent:
     # ------------------------------------------------------------------------------------------ a run, its silos
     def _take_up(self, said: Mapping[str, Any]) -> None:
         """Make the silos that a run has here, or those that joined since."""
-        whole, first = Job.model_validate_json(said["job"]), Job.model_validate_json(said["first"])
+        try:
+            whole, first = Job.model_validate_json(said["job"]), Job.model_validate_json(said["first"])
+        except ValueError as err:
+            raise SiloError(f"the job in {self.box.uri} is of another version of dept_ray: {err}") from None
         if said["opening"] != self.opening:
             self.release()
             self._begun = self._done = 0
@@ -180,24 +183,25 @@ class Agent:
                 letter = self.box.read(f"{self.name}/{mine}{number}")
             except SiloError as err:  # altered on its way: the round does without
                 self.tell(str(err))
-                letter = {"agent": None}
+                letter = None
             self._begun = number
             if letter is not None and letter["agent"] == self.id:
                 self._train(number, letter["orders"])
-        self._ready = self.pool.ready()
+        with self._meanwhile():  # who was lost is being made anew
+            self._ready = self.pool.ready()
 
     def _train(self, number: int, orders: dict[str, RoundOrder]) -> None:
         assert self.pool is not None
-        there = {silo: orders[silo] for silo in orders.keys() & self.pool.ready()}
-        answers: dict[str, Any] = dict.fromkeys(orders.keys() - there, SiloError("its region cannot place it now"))
         with self._meanwhile(f"{self.opening}-{number}"):
+            there = {silo: orders[silo] for silo in orders.keys() & self.pool.ready()}
+            answers: dict[str, Any] = dict.fromkeys(orders.keys() - there, SiloError("its region cannot place it now"))
             try:
                 answers |= self.pool.run_round(there, lambda took_s: float("inf"))
             except Exception as err:  # noqa: BLE001 - a bug ends no agent
                 answers |= dict.fromkeys(there, self._untold(err))
         for silo, answer in sorted(answers.items()):
-            bug = isinstance(answer, Exception) and not isinstance(answer, DeptError)
-            self._answers[f"update-{self.opening}-{number}-{silo}"] = self._untold(answer) if bug else answer
+            leaves = isinstance(answer, SiloUpdate | RunError | ShardError)  # as from a silo's process on Ray
+            self._answers[f"update-{self.opening}-{number}-{silo}"] = answer if leaves else self._untold(answer)
         self._write_answers()
 
     def _write_answers(self) -> None:
@@ -226,10 +230,9 @@ class Agent:
                         self.box.write(f"{self.name}/card-{silo}", card)
                         self._cards[silo] = mark
             self.box.write(f"{self.name}/{BEAT}", {
-                "agent": self.id, "opening": self.opening, "beat": self._beats, "done": self._done,
-                "phase": self._phase, "silos": list(self._silos),
-                "ready": sorted(self._ready), "statuses": statuses, "failed": failed,
-                "cards": dict(self._cards), "tokenizer": self._tokenizer,
+                "agent": self.id, "opening": self.opening, "beat": self._beats, "phase": self._phase,
+                "begun": self._begun, "done": self._done, "silos": list(self._silos), "ready": sorted(self._ready),
+                "statuses": statuses, "failed": failed, "cards": dict(self._cards), "tokenizer": self._tokenizer,
             })  # fmt: skip
 
     @contextmanager

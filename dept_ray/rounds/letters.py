@@ -8,6 +8,7 @@ is renamed. Who may write to a mailbox is trusted as a node of a cluster is: the
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -120,7 +121,7 @@ class Mailbox:
         from pyarrow import ArrowException
         from pyarrow.fs import FileSystem, LocalFileSystem
 
-        self.uri = uri
+        self.uri = re.sub(r"//[^/@]*@", "//", uri)  # as it may be told: a key may stand before the bucket
         try:
             if "://" in uri:
                 self._files, self._root = FileSystem.from_uri(uri)
@@ -128,7 +129,7 @@ class Mailbox:
                 self._files, self._root = LocalFileSystem(), str(Path(uri).expanduser().absolute())
         except (ArrowException, OSError, ValueError) as err:
             raise ConfigError(
-                f"mailbox {uri!r} is no place for letters ({err}): name a folder, s3://bucket/prefix or "
+                f"mailbox {self.uri!r} is no place for letters ({err}): name a folder, s3://bucket/prefix or "
                 "gs://bucket/prefix"
             ) from None
         self._local = isinstance(self._files, LocalFileSystem)

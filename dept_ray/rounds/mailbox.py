@@ -38,7 +38,7 @@ class _Region:
     beat: dict[str, Any]
     heard_at: float
     given: int = 0
-    """The last order that it was given."""
+    """The last order that this agent was given and that was not given up."""
 
 
 class MailboxPool:
@@ -179,7 +179,8 @@ class MailboxPool:
                 if beat is None or beat["opening"] != self.opening:
                     continue
                 if known is None or beat != known.beat:
-                    self._regions[name] = _Region(beat, self.clock(), known.given if known else 0)
+                    same = known is not None and known.beat["agent"] == beat["agent"]
+                    self._regions[name] = _Region(beat, self.clock(), known.given if known and same else 0)
                 for silo, digest in beat["cards"].items():
                     if self._digests.get(silo) != digest and (card := box.read(f"{name}/card-{silo}")) is not None:
                         self._cards[silo], self._digests[silo] = card, digest
@@ -203,9 +204,10 @@ class MailboxPool:
         return self._looked_at - self._regions[name].heard_at > self.job.regions.silent_s
 
     def _busy(self, name: str) -> bool:
-        """Whether a region that can be heard is still at an order."""
+        """Whether a region that can be heard is still at an order, or has not said yet that it no longer is."""
         region = self._regions[name]
-        return not self._silent(name) and region.beat["done"] < region.given
+        done = region.beat["done"]
+        return not self._silent(name) and done < max(region.given, region.beat["begun"])
 
     def _errors(self) -> dict[str, Exception]:
         return {silo: err for region in dict(self._regions).values() for silo, err in region.beat["failed"].items()}
@@ -253,6 +255,8 @@ class MailboxPool:
                 self._stop(set(out.values()))
             lost = {name: self._lost(name, agents[name], stopped_at, name in listed) for name in set(out.values())}
             gone = {silo: SiloError(reason) for silo, name in out.items() if (reason := lost[name])}
+            for name in {out[silo] for silo in gone}:
+                self._regions[name] = replace(self._regions[name], given=0)
             for silo, answer in {**gone, **came}.items():
                 answers[silo], at[silo] = answer, now
                 del out[silo]

@@ -151,26 +151,30 @@ def test_the_bits_are_those_of_one_process(prepared, tmp_path, codec):
     assert (down[0] == [0, 0, 0]) == (codec == "int4")  # what everybody can draw is not sent
 
 
-def test_a_region_that_is_cut_off_for_two_rounds_is_back_in_the_third(prepared, tmp_path, monkeypatch):
-    """It is cut off when it has trained and not answered: what it trained counts for nothing, and is trained again."""
+@pytest.mark.parametrize("cut", ["before the order", "before the answer"])
+def test_a_region_that_is_cut_off_for_two_rounds_is_back_in_the_third(prepared, tmp_path, monkeypatch, cut):
+    """It may have trained by then, and not answered: that counts for nothing, and is trained again."""
     job = mailed(prepared, tmp_path / "run", rounds={"total": 5})
 
     class Cut(MortalPool):
         def run_round(self, orders: Mapping[str, RoundOrder], deadline: Deadline) -> Any:
             answers = super().run_round(orders, deadline)
-            turns.wire("east").cut = any(order.round == 1 for order in orders.values())
+            if cut == "before the answer":
+                turns.wire("east").cut = any(order.round == 1 for order in orders.values())
             return answers
 
     silo = partial(FaultySilo, {}, str(tmp_path / "notes"), False)
     turns = Turns(tmp_path / "run" / "mailbox", lambda name: Cut(silo) if name == "east" else MortalPool(silo))
 
-    def mend(round: int) -> None:
+    def after(round: int) -> None:
+        if round == 1 and cut == "before the order":
+            turns.wire("east").cut = True
         if round == 3:
             turns.wire("east").cut = False
             turns.look()
 
     reference = smallest(prepared, tmp_path / "reference", "spec-opt", rounds={"total": 5})
-    rounds = suffer(turns, job, tmp_path / "notes", mend, monkeypatch, reference)
+    rounds = suffer(turns, job, tmp_path / "notes", after, monkeypatch, reference)
     assert ["numbers" in record["silos"] for record in rounds] == [True, False, False, True, True]
     assert "region east has been silent for 30 s" in rounds[1]["refused"]["numbers"]
     assert [list(record["refused"]) for record in rounds[2:]] == [[], [], []]
@@ -223,15 +227,36 @@ def test_a_letter_that_was_altered_on_its_way_counts_for_nothing(prepared, tmp_p
     assert ("altered" if kind == "update" else "sent no answer") in rounds[1]["refused"]["numbers"]
 
 
+def test_a_region_that_is_there_and_does_not_answer_is_given_up_after_deadline_and_grace(prepared, tmp_path):
+    """Seconds are those of the clock that only waiting moves."""
+    faults = {"deadline_floor_s": 60.0, "deadline_cap_s": 60.0, "grace_s": 15.0, "failures": 1}
+    job = mailed(prepared, tmp_path / "run", faults=faults)
+    turns, stops = Turns(tmp_path / "run" / "mailbox", mortal(tmp_path / "notes")), list[float]()
+
+    def stuck() -> None:
+        turns.agents["east"]._obey = lambda: None
+        if list((turns.box / "east").glob("stop-*-1")):
+            stops.append(turns.now)
+
+    turns.after_each = stuck
+    pool = turns.pool()
+    rounds = endure_once(Harness(lambda plan, notes: pool), job, {}, notes=tmp_path / "notes").rounds
+    assert ["numbers" in record["silos"] for record in rounds] == [False] * 3
+    assert rounds[0]["refused"]["numbers"] == "SiloError: late: no answer from region east within 45 s of grace"
+    assert 45 <= max(stops) - min(stops) <= 48
+    assert "set aside" in rounds[1]["away"]["numbers"]
+
+
 def test_what_an_earlier_life_left_is_nobody_s(prepared, tmp_path, monkeypatch):
     job = mailed(prepared, tmp_path / "run")
     box = Mailbox(str(tmp_path / "run" / "mailbox"))
     box.write(RUN, {"run": job.name, "opening": "dead", "word": 1, "closed": False})
     silos = {"silos": ["numbers"], "ready": ["numbers"], "statuses": {}, "failed": {}, "cards": {}, "tokenizer": None}
-    box.write("east/beat", {"agent": "dead", "opening": "dead", "beat": 9, "done": 0, "phase": "open", **silos})
+    beat = {"agent": "dead", "opening": "dead", "beat": 9, "begun": 0, "done": 0, "phase": "open", **silos}
+    box.write("east/beat", beat)
+    box.write("gone/beat", beat)
     box.write("east/order-dead-1", {"agent": "dead", "number": 1, "orders": {}})
     box.write("east/update-dead-1-numbers", StoreError("never heard"))
-    box.write("gone/beat", {"agent": "dead", "opening": "dead", "beat": 9, "done": 0, "phase": "open", **silos})
     turns = Turns(tmp_path / "run" / "mailbox", mortal(tmp_path / "notes"))
     reference = smallest(prepared, tmp_path / "reference", "spec-opt")
     rounds = suffer(turns, job, tmp_path / "notes", monkeypatch=monkeypatch, reference=reference)
