@@ -73,21 +73,25 @@ class Coded:
         """
         self._onto(vector, add=True)
 
+    def piece(self, start: int, stop: int) -> np.ndarray:
+        """fp32 of some values of a flat vector; `start` is a multiple of `BLOCK`."""
+        return self._values(slice(0, 1), slice(start, min(stop, self.shape[0])))[0].numpy()
+
     def _onto(self, vector: np.ndarray, add: bool) -> None:
         import torch
 
         count, width = _rows_of(self.shape)
         flat = torch.from_numpy(vector.reshape(count, width))
         for rows, columns in _pieces(count, width):
-            if self.scales is None:
-                values = _bf16(self.codes[rows, columns])
-            else:
-                blocks = slice(columns.start // BLOCK, -(-columns.stop // BLOCK))
-                values = _unpack(self.codec, self.codes, rows, blocks)
-                values = (values * _bf16(self.scales[rows, blocks])[:, :, None]).flatten(1)
-                values = values[:, : columns.stop - columns.start]
-            target = flat[rows, columns]
+            target, values = flat[rows, columns], self._values(rows, columns)
             target.add_(values) if add else target.copy_(values)
+
+    def _values(self, rows: slice, columns: slice) -> "torch.Tensor":
+        if self.scales is None:
+            return _bf16(self.codes[rows, columns])
+        blocks = slice(columns.start // BLOCK, -(-columns.stop // BLOCK))
+        values = _unpack(self.codec, self.codes, rows, blocks)
+        return (values * _bf16(self.scales[rows, blocks])[:, :, None]).flatten(1)[:, : columns.stop - columns.start]
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,11 @@ class Moves:
         """Make them, in place: contiguous fp32 of `shape`."""
         for step in self.steps:
             step.add_to(vector)
+
+
+def decoded(vector: "np.ndarray | Coded") -> np.ndarray:
+    """fp32 of what may be coded."""
+    return vector.decode() if isinstance(vector, Coded) else vector
 
 
 def encode(vector: np.ndarray, codec: str) -> tuple[Coded, np.ndarray]:

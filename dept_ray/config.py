@@ -88,11 +88,24 @@ class Resources(Section):
     """Logical CPUs that Ray sets aside per silo. Keep 0 on a GPU: silos that hold every CPU starve Ray Data."""
     labels: dict[str, str] = {}
     """Node labels that place the silo, such as region = "eu"."""
+    ranks: Positive | None = None
+    """Processes that train a silo together, on one node, each with an equal share of every batch, of num_gpus, num_cpus
+    and inner.threads. None: one for each whole GPU, one on a CPU. Each holds the whole model: it must fit one GPU."""
+
+    @property
+    def processes(self) -> int:
+        """The ranks in force."""
+        return self.ranks or max(1, int(self.num_gpus))
 
     @model_validator(mode="after")
     def _whole_gpus(self) -> "Resources":
         if self.num_gpus > 1 and self.num_gpus % 1:
             raise ValueError(f"resources.num_gpus = {self.num_gpus:g}: above 1 only whole GPUs can be held")
+        if self.num_gpus and self.processes != max(1, self.num_gpus):
+            raise ValueError(
+                f"resources.num_gpus = {self.num_gpus:g} and resources.ranks = {self.ranks}: each rank trains on one "
+                "GPU; make them equal, or leave ranks out"
+            )
         return self
 
 
@@ -169,7 +182,8 @@ class InnerSection(Section):
     batch_size: Positive = 256
     """Sequences per optimizer step."""
     micro_batch: Positive | None = None
-    """Sequences per forward pass; gradients accumulate to `batch_size`. None: the whole batch on a CPU, 16 on a GPU."""
+    """Sequences per forward pass; gradients accumulate to `batch_size`. None: all at once on a CPU, on a GPU as many as
+    it has room for (found when the silo is made, and told)."""
     context: Positive = 2048
     """Tokens per sequence."""
     lr: Annotated[float, Field(gt=0)] = 6e-4
@@ -253,7 +267,8 @@ class FaultsSection(Section):
     failures: Positive = 3
     """Failures in a row after which a silo is set aside, until someone lets it return."""
     start_timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds the silos may take to be placed and opened; the run starts with those that are."""
+    """Seconds the silos may take to be placed and opened; the run starts with those that are. The ranks of one silo
+    wait no longer for each other."""
     patience_s: Annotated[float, Field(ge=0)] = 20.0
     """Seconds a round waits, once, for a silo that is being made anew; then it starts without the silo."""
     deadline_mads: Annotated[float, Field(ge=0)] = 6.0
@@ -353,12 +368,21 @@ class Job(Section):
             )
         if self.rounds.choose is not None and self.rounds.choose > len(names):
             raise ValueError(f"rounds.choose = {self.rounds.choose}, but there are only {len(names)} sources")
-        micro = self.inner.micro_batch
-        if micro is not None and self.inner.batch_size % micro:
-            raise ValueError(
-                f"inner.batch_size = {self.inner.batch_size} is not a multiple of inner.micro_batch = {micro}"
-            )
+        for wish in [self.resources, *(source.resources for source in self.sources if source.resources)]:
+            self._check_shares(wish.processes)
         return self
+
+    def _check_shares(self, ranks: int) -> None:
+        """Whether a batch falls into equal shares, and each of them into micro-batches."""
+        batch, micro = self.inner.batch_size, self.inner.micro_batch
+        if batch % ranks:
+            raise ValueError(
+                f"inner.batch_size = {batch} is not a multiple of resources.ranks = {ranks} (by default one for each "
+                "of resources.num_gpus): each rank takes an equal share of every batch; mend either"
+            )
+        if micro is not None and batch // ranks % micro:
+            share = f" / resources.ranks = {ranks}" if ranks > 1 else ""
+            raise ValueError(f"inner.batch_size = {batch}{share} is not a multiple of inner.micro_batch = {micro}")
 
     @property
     def positions(self) -> int:

@@ -83,10 +83,21 @@ def round_line(record: Record) -> Text:
     lines = [_bits(_label("before", record), record)] if record.get("scores") else []
     lines.append(
         _label("round", record) + f"loss {record['loss']:.4f}   {human(rate)} tokens/s   "
-        f"sent {human(sent['down'] + sent['up'], 'B')}   {record['seconds']:.1f} s"
+        f"sent {human(sent['down'] + sent['up'], 'B')}   {record['seconds']:.1f} s{_mfu('   ', record)}"
     )
     lines += [_filled("", f"{silo} left out: {reason}") for silo, reason in record["refused"].items()]
     return Text("\n".join(lines))
+
+
+def _mfu(before: str, record: Record) -> str:
+    """Model FLOPs utilisation, the mean over silos whose devices' peak is known; else nothing."""
+    known = [_flops_per_s(silo) / silo["peak_flops"] for silo in record["silos"].values() if silo.get("peak_flops")]
+    return f"{before}{sum(known) / len(known):.0%} MFU" if known else ""
+
+
+def _flops_per_s(silo: Record) -> float:
+    """While it trained."""
+    return silo.get("flops", 0.0) / max(silo.get("seconds", {}).get("train", 0.0), 1e-9)
 
 
 def ledger_table(record: Record) -> Table:
@@ -103,7 +114,9 @@ def ledger_table(record: Record) -> Table:
             human(silo["down_bytes"]), human(silo["up_bytes"]),
             *(_number(seconds.get(what, math.nan), 1) for what in ("train", "send", "wait")),
         )  # fmt: skip
-    told = [f"{name} left out: {reason}" for name, reason in record["refused"].items()]
+    rate = sum(_flops_per_s(silo) for silo in record["silos"].values())
+    told = [f"while they trained: {human(rate, 'FLOP/s')}{_mfu(', ', record)}"] if rate else []
+    told += [f"{name} left out: {reason}" for name, reason in record["refused"].items()]
     told += [
         f"{name} left out of attempt {each['attempt'] + 1}: {reason}"
         for each in record.get("failed", [])

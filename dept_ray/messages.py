@@ -5,6 +5,7 @@ A round is one `RoundOrder` to each chosen silo and one `SiloUpdate` back. `Silo
 in both directions: no row of an embedding is ever in a message.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -100,6 +101,18 @@ class RoundOrder:
         return replace(self, body=None, rows=None)
 
 
+Delta = np.ndarray | Coded
+"""fp32, or as it was coded."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """A delta that lies where it arrived, until it is looked at: however many there are, memory is for some."""
+
+    fetch: Callable[[], Delta]
+    """Only to be read, and not to be kept."""
+
+
 @dataclass(frozen=True)
 class SiloUpdate:
     """What a silo answers: how far it trained, where it stands, and the deltas (local minus global, equation 1)."""
@@ -126,10 +139,19 @@ class SiloUpdate:
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall seconds by what was done: load, score, train, code, save; its pool adds send (on the way, both ways) and
     wait (for the round's last answer)."""
+    flops: float = 0.0
+    """Floating point operations that its steps needed (`silo.flops`)."""
+    peak_flops: float = 0.0
+    """FLOP/s that its devices can do at most; 0: not known."""
     body_norm: float = 0.0
     """L2 norm of the body's delta."""
-    body: np.ndarray | Coded | None = None
-    rows: np.ndarray | Coded | None = None
+    body: Delta | Held | None = None
+    rows: Delta | Held | None = None
+
+    def delta(self, what: str) -> Delta | None:
+        """The delta of the `body`, or of the `rows`; None where it stays home. Only to be read, and not to be kept."""
+        vector = getattr(self, what)
+        return vector.fetch() if isinstance(vector, Held) else vector
 
     def without_arrays(self) -> "SiloUpdate":
         """The answer alone; arrays travel beside it."""
@@ -171,11 +193,15 @@ class SiloSpec:
     reset_embedding: bool
     """Draw the token embedding anew at the start of each round (ACT)."""
     threads: int = 1
-    """CPU threads to train with."""
+    """CPU threads of each rank."""
     compile: bool = False
     """Whether forward and loss are compiled."""
     gpu: bool = False
     """Whether it trains on a GPU: where resources.num_gpus > 0."""
+    gpu_part: float = 1.0
+    """Of its GPU's memory that is its own: below 1 where silos share one."""
+    ranks: int = 1
+    """Processes that train it together."""
 
 
 @dataclass(frozen=True)

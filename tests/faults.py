@@ -29,7 +29,7 @@ from dept_ray.metrics import JsonLines, read_records
 from dept_ray.rounds import store as store_module
 from dept_ray.rounds import train as train_module
 from dept_ray.rounds.control import Control
-from dept_ray.rounds.pool import Deadline, LocalPool, specs_of
+from dept_ray.rounds.pool import Deadline, LocalPool, Meanwhile, nothing, specs_of
 from dept_ray.rounds.state import RunState
 from dept_ray.rounds.store import RunStore, run_folder
 from dept_ray.rounds.train import train
@@ -134,10 +134,12 @@ class TracedPool(LocalPool):
         self.silos[name] = Silo(self.job, specs_of(self.job, self.first)[name])
         self._trace(name)
 
-    def run_round(self, orders: Mapping[str, RoundOrder], deadline: Deadline) -> dict[str, SiloUpdate | Exception]:
+    def run_round(
+        self, orders: Mapping[str, RoundOrder], deadline: Deadline, meanwhile: Meanwhile = nothing
+    ) -> dict[str, SiloUpdate | Exception]:
         self._asked = dict(orders)
         self.orders |= {(order.round, order.attempt, name): order for name, order in orders.items() if order.steps}
-        return super().run_round(orders, deadline)
+        return super().run_round(orders, deadline, meanwhile)
 
     def between_steps(self, moment: Moment, steps: int) -> None:
         """Called with the steps that were done, before the next one's batch is handed out."""
@@ -162,24 +164,33 @@ class TracedPool(LocalPool):
 
 
 class FaultyPool(TracedPool):
-    """Silos that die, are late, raise and lie as planned; `lost` says of each order why its answer must not count."""
+    """Silos that die, are late, raise and lie as planned; `lost` says of each order why its answer must not count.
 
-    def __init__(self, faults: Faults, lost: dict[Moment, str], reads: dict[Moment, list[str]]) -> None:
+    Where it is `remote` all of them have trained a round before the one before it is committed.
+    """
+
+    def __init__(
+        self, faults: Faults, lost: dict[Moment, str], reads: dict[Moment, list[str]], remote: bool = False
+    ) -> None:
         super().__init__()
-        self.faults, self.lost, self.reads = faults, lost, reads
+        self.faults, self.lost, self.reads, self.remote = faults, lost, reads, remote
         self.round = 0
         self._last: dict[str, SiloUpdate] = {}
 
     def ready(self) -> set[str]:
         return super().ready() - {name for round, name in self.faults.absent_at if round == self.round}
 
-    def run_round(self, orders: Mapping[str, RoundOrder], deadline: Deadline) -> dict[str, SiloUpdate | Exception]:
+    def run_round(
+        self, orders: Mapping[str, RoundOrder], deadline: Deadline, meanwhile: Meanwhile = nothing
+    ) -> dict[str, SiloUpdate | Exception]:
         self._asked = dict(orders)
         if not any(order.steps for order in orders.values()):
-            return super().run_round(orders, deadline)
-        for moment in [m for m in self.lost if m[:2] == (self.round, next(iter(orders.values())).attempt)]:
+            return super().run_round(orders, deadline, meanwhile)
+        first = next(iter(orders.values()))
+        for moment in [m for m in self.lost if m[:2] == (first.round, first.attempt)]:
             del self.lost[moment]  # of an earlier life, in which the same attempt was made
         answers = {name: answer for name, order in orders.items() if (answer := self._obey(order)) is not None}
+        meanwhile()
         return self._poisoned(orders, answers)
 
     def _obey(self, order: RoundOrder) -> SiloUpdate | Exception | None:
@@ -300,14 +311,14 @@ class Ordeal:
         return [record for record in self.records if record["event"] == "round"]
 
 
-def endure(job: Job, faults: Faults, patch: pytest.MonkeyPatch) -> Ordeal:
-    """Train a job to its end under a plan, with a new pool and a new store for every life."""
+def endure(job: Job, faults: Faults, patch: pytest.MonkeyPatch, remote: bool = False) -> Ordeal:
+    """Train a job to its end under a plan, with a new pool and a new store for every life; see `FaultyPool`."""
     lost: dict[Moment, str] = {}
     reads: dict[Moment, list[str]] = {}
     errors: list[Exception] = []
     asked: list[Change] = []
     for life in range(1, MAX_LIVES):
-        control, pool = Control(), FaultyPool(faults, lost, reads)
+        control, pool = Control(), FaultyPool(faults, lost, reads, remote)
         with patch.context() as here:
             try:
                 store = RunStore(job)
@@ -329,8 +340,8 @@ def endure(job: Job, faults: Faults, patch: pytest.MonkeyPatch) -> Ordeal:
                 continue
             finally:
                 pool.close()
-        if pool.round in faults.corrupts_at and control.stopping:
-            _corrupt(job, pool.round, faults.corrupts_at.pop(pool.round))
+        if control.stopping and (due := [round for round in faults.corrupts_at if round <= pool.round]):
+            _corrupt(job, pool.round, faults.corrupts_at.pop(due[0]))
             continue
         return Ordeal(job, state, read_records(store.metrics), lost, reads, life, errors, asked)
     raise AssertionError(f"the run did not end within {MAX_LIVES} lives: {errors}")
@@ -427,14 +438,16 @@ def _injure(patch: pytest.MonkeyPatch, job: Job, pool: FaultyPool, faults: Fault
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, data)
 
-    def run_round(orders: Mapping[str, RoundOrder], deadline: Deadline) -> dict[str, SiloUpdate | Exception]:
-        how = faults.coordinator_dies_at.get(pool.round, "")
-        training = any(order.steps for order in orders.values())
-        if training and how == "before the orders":
-            raise CoordinatorDied(faults.coordinator_dies_at.pop(pool.round))
-        answers = order(orders, deadline)
-        if training and how == "before the outer step":
-            raise CoordinatorDied(faults.coordinator_dies_at.pop(pool.round))
+    def run_round(
+        orders: Mapping[str, RoundOrder], deadline: Deadline, meanwhile: Meanwhile = nothing
+    ) -> dict[str, SiloUpdate | Exception]:
+        round, training = next(iter(orders.values())).round, any(order.steps for order in orders.values())
+        how = faults.coordinator_dies_at.get(round, "") if training else ""
+        if how == "before the orders":
+            raise CoordinatorDied(faults.coordinator_dies_at.pop(round))
+        answers = order(orders, deadline, meanwhile)
+        if how == "before the outer step":
+            raise CoordinatorDied(faults.coordinator_dies_at.pop(round))
         return answers
 
     patch.setattr(store_module, "write_atomically", write_of_run)

@@ -36,6 +36,14 @@ def test_what_follows_from_other_values():
     assert job(model={"arch": "llama"}).model.hidden == 2048
 
 
+@pytest.mark.parametrize(
+    ("wish", "ranks"),
+    [({}, 1), ({"num_gpus": 0.5}, 1), ({"num_gpus": 1}, 1), ({"num_gpus": 4}, 4), ({"ranks": 3}, 3)],
+)
+def test_a_silo_has_a_rank_for_each_whole_gpu_unless_it_says_otherwise(wish, ranks):
+    assert job(resources=wish, inner={"batch_size": 12}).resources.processes == ranks
+
+
 def test_a_source_is_found_by_name_or_the_nearest_is_offered():
     assert job().source("docs").name == "docs"
     with pytest.raises(ConfigError, match='no source "dosc" in job job; did you mean docs'):
@@ -47,6 +55,7 @@ def test_a_source_is_found_by_name_or_the_nearest_is_offered():
     [
         {"folder": "elsewhere"},
         {"resources": {"num_gpus": 1}},
+        {"resources": {"num_gpus": 2, "ranks": 2}},
         {"sources": [{**DOCS, "storage": "there", "resources": {"num_cpus": 2}, "vocab_size": 9, "tokens": 9}, TEXTS]},
         {"rounds": {"keep": 5, "score_every": 0}},
         {"faults": {"start_timeout_s": 3.0, "attempts": 1}},

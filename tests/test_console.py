@@ -270,6 +270,15 @@ def test_the_demo_tells_when_it_was_stopped_early(tmp_path):
     assert "stopped before its last round" in shown(summary(demo_job(None, str(tmp_path)), []))
 
 
+def test_a_round_tells_how_much_of_its_gpus_it_used_where_that_is_known():
+    record = a_round(7, TEN)
+    assert "MFU" not in round_line(record).plain
+    for silo, peak in zip(record["silos"].values(), (1e15, 5e14, *[0.0] * 8), strict=False):
+        silo |= {"flops": 2.5e15, "peak_flops": peak, "seconds": {"train": 10.0}}  # a quarter, a half, nobody knows
+    assert round_line(record).plain.endswith("   38% MFU")
+    assert f"while they trained: {len(record['silos']) * 250} TFLOP/s, 38% MFU" in shown(ledger_table(record))
+
+
 def test_the_ledger_of_a_round_says_who_did_what_and_why_another_did_not():
     record = a_round(7, TEN, refused={"urdu": "body: not finite"}, away={"greek": "dropped"})
     record["failed"] = [{"attempt": 0, "refused": {"hindi": "no answer"}}]

@@ -18,8 +18,10 @@ def test_a_short_demo_of_each_method_ends_in_its_tables(method: str, tmp_path_fa
     folder = tmp_path_factory.getbasetemp() / "demo"  # the text is prepared once for all
     job = demo.demo_job(method, str(folder))
     steps = 40 if METHODS[method].mixed else 10
+    less = {"max_bytes": 500_000, "max_validation_bytes": 10_000}
     job = job.model_copy(
         update={
+            "sources": tuple(source.model_copy(update=less) for source in job.sources),
             "inner": job.inner.model_copy(update={"local_steps": steps}),
             "rounds": job.rounds.model_copy(update={"total": 2}),
         }

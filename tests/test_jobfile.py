@@ -108,6 +108,20 @@ def test_a_source_must_say_what_it_is(source, words):
             {"inner": {"batch_size": 10, "micro_batch": 3}},
             "inner.batch_size = 10 is not a multiple of inner.micro_batch = 3",
         ),
+        (
+            {"inner": {"batch_size": 12, "micro_batch": 4}, "resources": {"ranks": 2}},
+            "inner.batch_size = 12 / resources.ranks = 2 is not a multiple of inner.micro_batch = 4",
+        ),
+        (
+            {"inner": {"batch_size": 10}, "sources": [{**DOCS, "resources": {"num_gpus": 4}}]},
+            "inner.batch_size = 10 is not a multiple of resources.ranks = 4 (by default one for each of "
+            "resources.num_gpus): each rank takes an equal share of every batch; mend either",
+        ),
+        (
+            {"resources": {"num_gpus": 4, "ranks": 2}},
+            "resources.num_gpus = 4 and resources.ranks = 2: each rank trains on one GPU; make them equal, or leave "
+            "ranks out",
+        ),
         ({"model": {"heads": 5}}, "model.width = 768 is not a multiple of model.heads = 5"),
         (
             {"model": {"arch": "llama", "width": 12, "heads": 4}},

@@ -17,10 +17,10 @@ import numpy as np
 import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
-from dept_ray.codec import Coded, Moves
+from dept_ray.codec import Moves
 from dept_ray.config import Job
 from dept_ray.errors import DeptError, RunError, ShardError, SiloError, StoreError
-from dept_ray.messages import Change, RoundOrder, RunStatus, SiloCard, SiloSpec, SiloStatus, SiloUpdate
+from dept_ray.messages import Change, Delta, RoundOrder, RunStatus, SiloCard, SiloSpec, SiloStatus, SiloUpdate
 from dept_ray.metrics import JsonLines, Log, Record, TensorBoard
 from dept_ray.on_ray.prometheus import PrometheusSink, SiloGauges
 from dept_ray.rounds.control import Control
@@ -51,7 +51,7 @@ class SiloActor:
     @ray.method(num_returns=3)
     def obey(
         self, order: RoundOrder, body: np.ndarray | Moves | None, rows: np.ndarray | Moves | None
-    ) -> tuple[SiloUpdate, np.ndarray | Coded | None, np.ndarray | Coded | None]:
+    ) -> tuple[SiloUpdate, Delta | None, Delta | None]:
         assert self.silo is not None, "ordered before it was asked for its card"
         try:
             update = self.silo.obey(replace(order, body=body, rows=rows))
@@ -63,7 +63,7 @@ class SiloActor:
             # What an exception says may hold an id, a shape or a piece of text, and under SPEC none of them leaves.
             traceback.print_exc()
             raise SiloError(f"{type(err).__name__}; its own log says more") from None
-        return update.without_arrays(), update.body, update.rows
+        return update.without_arrays(), update.delta("body"), update.delta("rows")
 
     @ray.method(concurrency_group="control")
     def status(self) -> SiloStatus:

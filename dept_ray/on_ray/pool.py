@@ -1,14 +1,15 @@
 """`RayPool`: a round on a cluster. Order the silos, wait, ask the late to hand in what they have, give up the mute.
 
 The body is put into the object store once a round and read by every silo without a copy; deltas come back as return
-values of their own, so they outlive their silo. An answer counts as there once its arrays are: the deadline bounds the
-way home too. Where silos live is `places`.
+values of their own, so they outlive their silo, and stay in the store until they are folded. An answer counts as there
+once its arrays are: the deadline bounds the way home too. Where silos live is `places`.
 """
 
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -16,10 +17,10 @@ from ray.exceptions import RayError, RayTaskError
 
 from dept_ray.config import Job
 from dept_ray.errors import SiloError
-from dept_ray.messages import RoundOrder, SiloCard, SiloStatus, SiloUpdate
+from dept_ray.messages import Held, RoundOrder, SiloCard, SiloStatus, SiloUpdate
 from dept_ray.on_ray.actors import explain
 from dept_ray.on_ray.places import LOOK_EVERY_S, Places
-from dept_ray.rounds.pool import Deadline, MakeSilo, specs_of, timed
+from dept_ray.rounds.pool import Deadline, MakeSilo, Meanwhile, nothing, specs_of, timed
 from dept_ray.silo.silo import Silo
 
 
@@ -42,6 +43,8 @@ class RayPool:
         make: what makes a silo.
     """
 
+    remote = True
+
     def __init__(self, cores: int | None = None, make: MakeSilo = Silo) -> None:
         self.cores, self.places = cores, Places(make)
         self._hurried = threading.Event()
@@ -63,10 +66,13 @@ class RayPool:
     def ready(self) -> set[str]:
         return self.places.ready()
 
-    def run_round(self, orders: Mapping[str, RoundOrder], deadline: Deadline) -> dict[str, SiloUpdate | Exception]:
+    def run_round(
+        self, orders: Mapping[str, RoundOrder], deadline: Deadline, meanwhile: Meanwhile = nothing
+    ) -> dict[str, SiloUpdate | Exception]:
         bodies = {id(order.body): ray.put(order.body) for order in _distinct(orders)}
         calls = {name: self._ask(order, bodies) for name, order in orders.items()}
         asked_at = {name: call.asked_at for name, call in calls.items()}
+        meanwhile()
         answers, at = dict[str, SiloUpdate | Exception](), dict[str, float]()
         began, looked = time.monotonic(), 0.0
         while calls:
@@ -106,7 +112,8 @@ class RayPool:
     def _collect(self, name: str, refs: list[Any]) -> SiloUpdate | Exception:
         """One answer, or why there is none; who died is made anew while the others go on."""
         try:
-            meta, body, rows = ray.get(refs)
+            meta: Any = ray.get(refs[0])
+            body, rows = map(_held, refs[1:])
         except RayError as err:
             if not isinstance(err, RayTaskError):
                 self.places.revive([name])
@@ -138,6 +145,11 @@ def _arrived(call: _Call) -> bool:
     while call.refs and ray.wait(call.refs[:1], timeout=0)[0]:
         call.refs.pop(0)
     return not call.refs
+
+
+def _held(ref: Any) -> Held | None:
+    """What arrived, left in the object store, which may put it on disk, until it is looked at."""
+    return None if ray.get(ref) is None else Held(partial(ray.get, ref))
 
 
 def _distinct(orders: Mapping[str, RoundOrder]) -> list[RoundOrder]:

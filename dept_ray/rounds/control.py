@@ -122,6 +122,12 @@ class Control:
         with self._told:
             return self._changes[self._taken - self._first :]
 
+    def asks(self, round: int) -> bool:
+        """Whether people ask for anything, so that the loop, after so many rounds, must not just go on."""
+        with self._told:
+            keeps = self._keep_at is not None and round >= self._keep_at
+            return self._stopping or self.holding or keeps or self._taken < self._first + len(self._changes)
+
     def begin(self, round: int, heard: int, memory: Memory) -> None:
         """The run stands after so many rounds, which heard so many changes; from now on keep what is asked."""
         with self._told:

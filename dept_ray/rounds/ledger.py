@@ -8,7 +8,8 @@ A record of event "round" has
     sent_bytes  {down, up}: of this round's orders and answers, those of failed attempts and refused silos too
     silos       by silo: tokens, steps, loss, epochs by source, norm and cosine (to the mean) of the body's delta,
                 down_bytes, up_bytes, seconds {load, score, train, code, save, send (on the way, both ways),
-                wait (for the round's last answer)}
+                wait (for the round's last answer)}, flops (operations that its steps needed), peak_flops (FLOP/s that
+                its devices can do; 0 where not known): MFU is flops / seconds.train / peak_flops
     refused     by silo: why its answer did not count
     failed      attempts before this one that found no quorum: a list of {attempt, refused}; absent if none
     away        by silo: why it takes no part (dropped, set aside, or it could not be made)
@@ -31,8 +32,9 @@ from typing import Any
 
 import numpy as np
 
+from dept_ray.codec import decoded
 from dept_ray.config import Job
-from dept_ray.messages import RoundOrder, Score, SiloUpdate
+from dept_ray.messages import Delta, RoundOrder, Score, SiloUpdate
 from dept_ray.rounds.membership import Verdict
 from dept_ray.rounds.state import RunState
 from dept_ray.silo import score as figures
@@ -141,7 +143,12 @@ def scores_record(scores: Mapping[str, Score]) -> dict[str, Any]:
 
 def payload_bytes(message: "RoundOrder | SiloUpdate") -> int:
     """Bytes of the vectors in a message, as they travel; the rest is some hundred bytes."""
-    return sum(array.nbytes for array in (message.body, message.rows) if array is not None)
+    body, rows = (
+        (message.delta("body"), message.delta("rows"))
+        if isinstance(message, SiloUpdate)
+        else (message.body, message.rows)
+    )
+    return sum(array.nbytes for array in (body, rows) if array is not None)
 
 
 def _silo(down_bytes: int, up_bytes: int, update: SiloUpdate, moved: np.ndarray | None) -> dict[str, Any]:
@@ -151,15 +158,18 @@ def _silo(down_bytes: int, up_bytes: int, update: SiloUpdate, moved: np.ndarray 
         "loss": update.loss,
         "epochs": {source: round(epochs, 4) for source, epochs in update.epochs.items()},
         "norm": update.body_norm,
-        "cosine": _cosine(update.body, moved) if isinstance(update.body, np.ndarray) else None,
+        "cosine": _cosine(update.delta("body"), moved),
         "down_bytes": down_bytes,
         "up_bytes": up_bytes,
         "seconds": {what: round(s, 3) for what, s in update.seconds.items()},
+        "flops": update.flops,
+        "peak_flops": update.peak_flops,
     }
 
 
-def _cosine(a: np.ndarray | None, b: np.ndarray | None) -> float | None:
-    if a is None or b is None:
+def _cosine(delta: Delta | None, b: np.ndarray | None) -> float | None:
+    if delta is None or b is None:
         return None
+    a = decoded(delta)
     norms = math.sqrt(float(np.dot(a, a))) * math.sqrt(float(np.dot(b, b)))
     return float(np.dot(a, b)) / norms if norms else None

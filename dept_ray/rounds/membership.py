@@ -12,12 +12,15 @@ from statistics import median
 
 import numpy as np
 
-from dept_ray.codec import Coded, Moves
+from dept_ray.codec import Coded, Moves, decoded
 from dept_ray.config import FaultsSection, Job
 from dept_ray.draws import generator
-from dept_ray.messages import RoundOrder, SiloUpdate
+from dept_ray.messages import Delta, RoundOrder, SiloUpdate
 from dept_ray.rounds.state import SiloRecord
 from dept_ray.silo.snapshot import snapshot_name
+
+SHARED = ("body", "rows")
+"""What may travel."""
 
 
 def members(silos: Mapping[str, SiloRecord], ready: Iterable[str]) -> list[str]:
@@ -67,15 +70,18 @@ class Verdict:
 
 def judge(job: Job, orders: Mapping[str, RoundOrder], answers: Mapping[str, SiloUpdate | Exception]) -> Verdict:
     """Whether enough silos answered what they were asked."""
-    accepted, refused = {}, {}
+    accepted, refused, sizes = dict[str, SiloUpdate](), dict[str, str](), dict[str, dict[str, Size]]()
     for name in sorted(orders):
         answer = answers.get(name)
         reason = refusal(orders[name], answer) or _unaccounted(job, orders[name], answer)
         if reason is None and isinstance(answer, SiloUpdate):
-            accepted[name] = _decoded(answer)
+            sizes[name] = {what: _size(delta) for what in SHARED if (delta := answer.delta(what)) is not None}
+            reason = next((f"{what}: not finite" for what, size in sizes[name].items() if math.isnan(size.norm)), None)
+        if reason is None and isinstance(answer, SiloUpdate):
+            accepted[name] = answer
         else:
             refused[name] = str(reason)
-    _bound_norms(job.faults, accepted, refused)
+    _bound_norms(job.faults, accepted, refused, sizes)
     # Rounded first: 0.28 * 25 is a little more than 7, and 7 of 25 are 28 %.
     needed = max(1, math.ceil(round(job.faults.quorum * len(orders), 9)))
     return Verdict(len(accepted) >= needed, accepted, refused)
@@ -101,8 +107,8 @@ def refusal(order: RoundOrder, answer: "SiloUpdate | Exception | None") -> str |
         return f"says that it trained {answer.steps} of {order.steps} steps"
     if not math.isfinite(answer.loss):  # all that shows where the body stays home
         return f"loss: {answer.loss}, training diverged"
-    for what, sent, back in (("body", order.body, answer.body), ("rows", order.rows, answer.rows)):
-        reason = _misfit(what, order.codec, sent, back)
+    for what, sent in (("body", order.body), ("rows", order.rows)):
+        reason = _misfit(what, order.codec, sent, answer.delta(what))
         if reason is not None:
             return reason
     return None
@@ -122,8 +128,8 @@ def _unaccounted(job: Job, order: RoundOrder, answer: "SiloUpdate | Exception | 
     return None if answer.snapshot == expected else f"names snapshot {answer.snapshot}, asked was {expected}"
 
 
-def _misfit(what: str, codec: str, sent: np.ndarray | Moves | None, back: np.ndarray | Coded | None) -> str | None:
-    """Why a delta is not what was asked for."""
+def _misfit(what: str, codec: str, sent: np.ndarray | Moves | None, back: Delta | None) -> str | None:
+    """Why a delta has not the form that was asked for."""
     if (sent is None) != (back is None):
         return f"{what}: {'missing' if back is None else 'was not asked for'}"
     if sent is None or back is None:
@@ -135,16 +141,25 @@ def _misfit(what: str, codec: str, sent: np.ndarray | Moves | None, back: np.nda
         return f"{what}: {back.codec} {back.shape}, asked was float32 {sent.shape}"
     if back.shape != sent.shape or back.dtype != np.float32:
         return f"{what}: {back.dtype} {back.shape}, asked was float32 {sent.shape}"
-    return None if np.isfinite(back).all() else f"{what}: not finite"
+    return None
 
 
-def _decoded(answer: SiloUpdate) -> SiloUpdate:
-    """With its deltas in fp32."""
-    coded = {what: vector for what in ("body", "rows") if isinstance(vector := getattr(answer, what), Coded)}
-    return replace(answer, **{what: vector.decode() for what, vector in coded.items()})
+@dataclass(frozen=True)
+class Size:
+    """Of a delta."""
+
+    norm: float
+    """L2; nan where a value is not finite."""
+    length: int
+    """Values of the body, rows of the rows."""
 
 
-def _bound_norms(faults: FaultsSection, accepted: dict[str, SiloUpdate], refused: dict[str, str]) -> None:
+def _bound_norms(
+    faults: FaultsSection,
+    accepted: dict[str, SiloUpdate],
+    refused: dict[str, str],
+    sizes: Mapping[str, dict[str, Size]],
+) -> None:
     """Refuse or scale down deltas much larger than the round's median; the norms are measured here, not believed.
 
     Body and rows are bounded alike. One who made more steps than another may have gone as many times further, and one
@@ -152,30 +167,34 @@ def _bound_norms(faults: FaultsSection, accepted: dict[str, SiloUpdate], refused
     nothing is bounded.
     """
     steps = {name: update.steps for name, update in accepted.items()}
-    for what in ("body", "rows"):
-        deltas = {k: delta for k, u in accepted.items() if (delta := getattr(u, what)) is not None}
-        norms = {k: _norm(delta) for k, delta in deltas.items()}
+    for what in SHARED:
+        norms = {k: sizes[k][what].norm for k in accepted if what in sizes[k]}
         # Newcomers with a frozen body say nothing of size.
         moved = [k for k, norm in norms.items() if norm > 0 and steps[k]]
         if len(moved) < 3:
             continue
         for name, norm in norms.items():
             more = {
-                k: max(1.0, steps[name] / steps[k]) * max(1.0, math.sqrt(len(deltas[name]) / len(deltas[k])))
+                k: max(1.0, steps[name] / steps[k])
+                * max(1.0, math.sqrt(sizes[name][what].length / sizes[k][what].length))
                 for k in moved
             }
             middle = median(norms[k] * more[k] for k in moved)
             if norm <= faults.norm_limit * middle:
                 continue
             if faults.norm_policy == "clip":  # to the median: at the limit one liar would still outweigh all others
-                scaled = deltas[name] * np.float32(middle / norm)
+                delta = accepted[name].delta(what)
+                assert delta is not None
+                scaled = decoded(delta) * np.float32(middle / norm)
                 accepted[name] = replace(accepted[name], **{what: scaled})
             else:
                 refused[name] = f"{what}: norm {norm:.3g} is over {faults.norm_limit:g} times the round's median"
                 accepted.pop(name, None)
 
 
-def _norm(delta: np.ndarray) -> float:
-    flat = delta.ravel()
-    with np.errstate(over="ignore"):  # what fp32 cannot square is infinitely too large
-        return math.sqrt(float(np.dot(flat, flat)))
+def _size(delta: Delta) -> Size:
+    """In one pass."""
+    flat = decoded(delta).ravel()
+    with np.errstate(over="ignore", invalid="ignore"):  # what fp32 cannot square is infinitely too large
+        norm = math.sqrt(float(np.dot(flat, flat)))
+    return Size(norm if math.isfinite(norm) or np.isfinite(flat).all() else math.nan, delta.shape[0])

@@ -21,12 +21,22 @@ from dept_ray.text.prepare import prepare
 Deadline = Callable[[Sequence[float]], float]
 """Seconds that a round may take, given what those took who have answered in it already."""
 
+Meanwhile = Callable[[], None]
+"""What a coordinator does once the orders are out, while silos train: the round before is written to disk."""
+
 MakeSilo = Callable[..., Silo]
 """`Silo`, or what stands in for it: called with (job, spec) and, on Ray, `read`."""
 
 
+def nothing() -> None:
+    """A `Meanwhile` with nothing to do."""
+
+
 class SiloPool(Protocol):
     """Where silos live."""
+
+    remote: bool
+    """Whether silos work while this process does something else."""
 
     @property
     def cards(self) -> dict[str, SiloCard]:
@@ -57,8 +67,10 @@ class SiloPool(Protocol):
         """Those that can take an order now. What died since is being made anew."""
         ...
 
-    def run_round(self, orders: Mapping[str, RoundOrder], deadline: Deadline) -> dict[str, SiloUpdate | Exception]:
-        """Give each silo its order; return every answer, or the exception in its place.
+    def run_round(
+        self, orders: Mapping[str, RoundOrder], deadline: Deadline, meanwhile: Meanwhile = nothing
+    ) -> dict[str, SiloUpdate | Exception]:
+        """Give each silo its order, do something `meanwhile`; return every answer, or the exception in its place.
 
         After the deadline the late are asked to hand in what they have; who does not is left out.
         """
@@ -92,11 +104,14 @@ def specs_of(job: Job, first: Job | None = None, cores: int | None = None) -> di
     """
     method, first = method_of(job), first or job
     threads = threads_for(first, silos_per_round(first), cores or os.cpu_count())
+    wishes = {name: resources_of(job, name) for name in silos_of(job)}
+    ranks = {name: wish.processes for name, wish in wishes.items()}
     return {
         name: SiloSpec(
             silo=name, sources=sources, vocabulary=method.vocabulary, share_body=method.share_body,
-            share_rows=method.share_rows != "none", reset_embedding=method.reset_embedding, threads=threads,
-            gpu=resources_of(job, name).num_gpus > 0, compile=compile_pays(first),
+            share_rows=method.share_rows != "none", reset_embedding=method.reset_embedding,
+            threads=max(1, threads // ranks[name]), gpu=wishes[name].num_gpus > 0,
+            compile=compile_pays(first), gpu_part=min(1.0, wishes[name].num_gpus), ranks=ranks[name],
         )
         for name, sources in silos_of(job).items()
     }  # fmt: skip
@@ -130,6 +145,8 @@ class LocalPool:
         make: what makes a silo.
     """
 
+    remote = False
+
     def __init__(self, make: MakeSilo = Silo) -> None:
         self.make = make
         self.silos: dict[str, Silo] = {}
@@ -151,7 +168,10 @@ class LocalPool:
     def ready(self) -> set[str]:
         return set(self.silos)
 
-    def run_round(self, orders: Mapping[str, RoundOrder], deadline: Deadline) -> dict[str, SiloUpdate | Exception]:
+    def run_round(
+        self, orders: Mapping[str, RoundOrder], deadline: Deadline, meanwhile: Meanwhile = nothing
+    ) -> dict[str, SiloUpdate | Exception]:
+        meanwhile()
         answers: dict[str, SiloUpdate | Exception] = {}
         asked_at, at = dict[str, float](), dict[str, float]()
         self._orders = dict(orders)
@@ -176,4 +196,4 @@ class LocalPool:
 
     def close(self) -> None:
         for silo in self.silos.values():
-            silo.stream.close()
+            silo.close()

@@ -1,9 +1,10 @@
 """THE OUTER LOOP: Algorithm 1 of DEPT (arXiv 2410.05021) on one screen. Start reading here.
 
 Each round: obey what people asked for, see who is here, choose silos, order them to train from the shared body, judge
-what comes back, make the outer step, and only then, by one rename on disk, let it be a fact. Where silos live (`pool`),
-where facts are kept (`store`), who watches (`log`) and who interferes (`control`) are arguments; the same loop runs in
-process and on a cluster, bit for bit.
+what comes back, make the outer step, and let it be a fact, by one rename on disk: before anybody acts on it, and, where
+silos live elsewhere, while they train the next round already. Where silos live (`pool`), where facts are kept
+(`store`), who watches (`log`) and who interferes (`control`) are arguments; the same loop runs in process and on a
+cluster, bit for bit.
 """
 
 import time
@@ -16,13 +17,14 @@ from dept_ray.config import Job
 from dept_ray.draws import checksum
 from dept_ray.errors import QuorumLost
 from dept_ray.messages import RoundOrder, SiloCard
+from dept_ray.metrics import Record
 from dept_ray.rounds.changes import changed, obey_people, with_newcomers
 from dept_ray.rounds.control import Control
 from dept_ray.rounds.ledger import Attempt, final_record, past_seconds, round_record
 from dept_ray.rounds.membership import choose, deadline_s, judge, members
 from dept_ray.rounds.methods import method_of
 from dept_ray.rounds.outer import outer_step
-from dept_ray.rounds.pool import SiloPool
+from dept_ray.rounds.pool import Deadline, SiloPool, nothing
 from dept_ray.rounds.state import RunState, corpora_of, fresh_state, shared_body, shared_rows
 from dept_ray.rounds.store import RunStore
 
@@ -44,45 +46,72 @@ def train(job: Job, pool: SiloPool, store: RunStore, log: Log, control: Control)
     first, job = job, changed(job, stands.changes)
     pool.open(job, first)
     state = store.load(corpora_of(pool.cards)) or fresh_state(job, method_of(job), pool.cards)
-    history = store.history()
+    history, commit = store.history(), Commit()
     while True:
-        if control.take_checkpoint(state.round):
-            store.keep(state.round)
-        job, state = obey_people(job, state, pool, log, control)
+        if not pool.remote or control.asks(state.round) or state.round >= job.rounds.total:
+            commit()
+            if control.take_checkpoint(state.round):
+                store.keep(state.round)
+            job, state = obey_people(job, state, pool, log, control)
         if state.round >= job.rounds.total or control.stopping:
             break
         if not control.begin_round():
             continue
         began = time.perf_counter()
         state = with_newcomers(state, pool)
-        state, attempts = _until_it_counts(job, state, pool, store, past_seconds(history))
+        state, attempts = _until_it_counts(job, state, pool, store, history, commit)
         before, state = state, outer_step(job, state, attempts[-1].verdict.accepted, pool.cards)
-        record = round_record(job, before, state, attempts, time.perf_counter() - began)
-        record["away"] |= pool.failed()
-        store.save(state, record, corpora_of(pool.cards))  # now it is a fact
-        control.committed(state.heard)
-        history.append(record)
-        log(record)
+        took_s = time.perf_counter() - began
+        commit = Commit(partial(_make_fact, job, before, state, attempts, took_s, history, pool, store, log, control))
+        del before, attempts  # and with them all deltas, once it is a fact
+    commit()
     if state.round == job.rounds.total:
         log(_final_scores(job, state, pool, store))
     return state
 
 
+class Commit:
+    """What makes a round a fact: done once, when it is called first, and holding nothing from then on."""
+
+    def __init__(self, make_fact: Callable[[], None] = nothing) -> None:
+        self._make_fact = make_fact
+
+    def __call__(self) -> None:
+        make_fact, self._make_fact = self._make_fact, nothing
+        make_fact()
+
+
+def _make_fact(
+    job: Job, before: RunState, state: RunState, attempts: Sequence[Attempt], took_s: float,
+    history: list[Record], pool: SiloPool, store: RunStore, log: Log, control: Control,
+) -> None:  # fmt: skip
+    record = round_record(job, before, state, attempts, took_s)
+    record["away"] |= pool.failed()
+    store.save(state, record, corpora_of(pool.cards))  # now it is a fact
+    control.committed(state.heard)
+    history.append(record)
+    log(record)
+
+
 def _until_it_counts(
-    job: Job, state: RunState, pool: SiloPool, store: RunStore, past_s: Sequence[float]
+    job: Job, state: RunState, pool: SiloPool, store: RunStore, history: Sequence[Record], commit: "Commit"
 ) -> tuple[RunState, list[Attempt]]:
-    """Order a round, again if need be, until a quorum answers; who failed is on the state's record."""
+    """Order a round, again if need be, until a quorum answers; who failed is on the state's record.
+
+    The round before is committed while silos train.
+    """
     what, reasons, attempts = "", dict[str, str](), list[Attempt]()
     for attempt in range(job.faults.attempts):
         chosen = choose(job, members(state.silos, pool.ready()), state.round)
         if not chosen:
+            commit()
             what = "has nobody left to train it"
             break
         orders = orders_for(
             job, state, chosen, pool.cards, attempt=attempt, steps=job.inner.local_steps,
             life=store.life, kept=store.kept().values(), holds=_held(pool),
         )  # fmt: skip
-        answers = pool.run_round(orders, partial(deadline_s, job.faults, past_s, len(orders)))
+        answers = pool.run_round(orders, _deadline(job, history, len(orders)), commit)
         verdict = judge(job, orders, answers)
         attempts.append(Attempt.of(orders, answers, verdict))
         failed = {k: state.silos[k].failed(reason, job.faults.failures) for k, reason in verdict.refused.items()}
@@ -98,6 +127,10 @@ def _until_it_counts(
         f"round {state.round + 1} {what} ({told}); round {state.round} stands: "
         "mend the cause and run the same command again"
     )
+
+
+def _deadline(job: Job, history: Sequence[Record], asked: int) -> Deadline:
+    return lambda took_s: deadline_s(job.faults, past_seconds(history), asked, took_s)
 
 
 def orders_for(

@@ -13,6 +13,7 @@ import torch
 
 from dept_ray.config import Job
 from dept_ray.errors import ClusterError
+from dept_ray.silo.flops import peak_flops
 
 MALLOC_SETTINGS = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
@@ -36,10 +37,14 @@ class Hardware:
     autocast: bool
     compile: bool
     micro_batch: int
+    ranks: int = 1
+    peak_flops: float = 0.0
+    """FLOP/s of all ranks at most; 0: not known."""
 
     def __str__(self) -> str:
         words = [self.device, f"{self.threads} thread{'s' * (self.threads > 1)}", "bf16" if self.autocast else "fp32"]
-        return ", ".join(words + ["compiled"] * self.compile)
+        words += [f"micro-batch {self.micro_batch}"] * (self.device_type == "cuda")
+        return ", ".join(words + ["compiled"] * self.compile + [f"{self.ranks} ranks"] * (self.ranks > 1))
 
     @property
     def device_type(self) -> str:
@@ -61,8 +66,8 @@ def compile_pays(job: Job) -> bool:
     return auto or job.inner.compile == "always"
 
 
-def choose_hardware(job: Job, threads: int, gpu: bool, compile: bool) -> Hardware:
-    """The choices for a silo in this process.
+def choose_hardware(job: Job, threads: int, gpu: bool, compile: bool, ranks: int = 1) -> Hardware:
+    """The choices for a silo in this process, or for one rank of it.
 
     Raises:
         ClusterError: a GPU is asked for, and this process sees none.
@@ -73,10 +78,10 @@ def choose_hardware(job: Job, threads: int, gpu: bool, compile: bool) -> Hardwar
         )
     device = "cuda" if gpu else "cpu"
     autocast = job.inner.precision == "bf16" or (job.inner.precision == "auto" and _has_bf16(device))
-    micro_batch = job.inner.micro_batch or (
-        job.inner.batch_size if device == "cpu" else _divisor(job.inner.batch_size, 16)
-    )
-    return Hardware(device, threads, autocast, compile, micro_batch)
+    rows = job.inner.batch_size // ranks
+    micro_batch = job.inner.micro_batch or (rows if device == "cpu" else _divisor(rows, 16))
+    peak = ranks * peak_flops(torch.cuda.get_device_name()) if gpu and autocast else 0.0
+    return Hardware(device, threads, autocast, compile, micro_batch, ranks, peak)
 
 
 def _divisor(number: int, most: int) -> int:

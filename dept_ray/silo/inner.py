@@ -1,8 +1,8 @@
 """N optimizer steps on one source: the part of Algorithm 1 that runs inside a silo.
 
-One step is: accumulate micro-batches, clip, AdamW or Muon, next. Nothing in it waits for the device: losses stay there
-and are read once at the end (and a few times a minute for whoever watches). The learning rate is a function of the
-*global* step, so a silo that skipped rounds or joined late stands where all others stand.
+One step is: accumulate micro-batches, sum over the silo's ranks, clip, AdamW or Muon, next. Nothing in it waits for the
+device: losses stay there and are read once at the end (and a few times a minute for whoever watches). The learning rate
+is a function of the *global* step, so a silo that skipped rounds or joined late stands where all others stand.
 """
 
 import math
@@ -17,6 +17,7 @@ from dept_ray.config import Job
 from dept_ray.silo.hardware import Hardware
 from dept_ray.silo.model import Embedding, LanguageModel, Layout
 from dept_ray.silo.optimizer import AdamW, Group, Muon, Optimizer
+from dept_ray.silo.team import ALONE, Team
 
 _WATCH_EVERY_S = 1.0
 
@@ -108,6 +109,7 @@ def train_steps(
     schedule: Schedule,
     should_stop: Callable[[], bool],
     watch: Callable[[int, float, float], None],
+    team: Team = ALONE,
 ) -> Trained:
     """Train on batches until they end or one is asked to stop.
 
@@ -116,8 +118,9 @@ def train_steps(
         loss_of: (B, T) ids and targets -> summed nats; `model.loss` or its compiled twin.
         batches: (B, T + 1) local ids each.
         schedule: learning rates, and how many batches there will be.
-        should_stop: asked between steps, so that one step at least is made.
-        watch: called about once a second with (steps done, mean loss so far, tokens/s).
+        should_stop: asked between steps, so that one step at least is made; all ranks must hear the same.
+        watch: called about once a second with (steps done, recent mean loss on this rank's rows, tokens/s).
+        team: who trains on the same batches, each on its own rows of them.
 
     Returns:
         How far it came; gradients are left at zero.
@@ -133,7 +136,7 @@ def train_steps(
             break
         for group in optimizer.groups:
             group.lr = schedule.rate(group.name, done)
-        ids = torch.from_numpy(batch.astype(np.int64))
+        ids = torch.from_numpy(team.rows(batch).astype(np.int64))
         if hardware.device_type == "cuda":
             ids = ids.pin_memory().to(hardware.device, non_blocking=True)
         with torch.autocast(hardware.device_type, torch.bfloat16, enabled=hardware.autocast):
@@ -141,13 +144,16 @@ def train_steps(
                 loss = loss_of(rows[:, :-1], rows[:, 1:]) / tokens_per_step
                 loss.backward()
                 losses[done] += loss.detach()
+        team.sum(tensor.grad for tensor in optimizer.tensors if tensor.grad is not None)
         torch.nn.utils.clip_grad_norm_(optimizer.tensors, inner.clip)
         optimizer.step()
         optimizer.zero_grad()
         done += 1
         now = time.perf_counter()
         if now - watched > _WATCH_EVERY_S:
-            watch(done, losses[max(0, done - 50) : done].mean().item(), done * tokens_per_step / (now - began))
+            recent = losses[max(0, done - 50) : done].mean().item() * team.size
+            watch(done, recent, done * tokens_per_step / (now - began))
             watched = now
+    team.sum([losses])
     mean = losses[:done].double().mean().item() if done else math.nan
     return Trained(done, done * tokens_per_step, mean)

@@ -7,7 +7,7 @@ Knows nothing of other silos, of the outer step, or of Ray.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +20,16 @@ from dept_ray.config import Job
 from dept_ray.draws import seed_for
 from dept_ray.errors import SiloError
 from dept_ray.messages import RoundOrder, Score, SiloCard, SiloSpec, SiloStatus, SiloUpdate
+from dept_ray.silo.crew import Ranks, Start, start_processes
+from dept_ray.silo.flops import flops_per_token
 from dept_ray.silo.hardware import choose_hardware
 from dept_ray.silo.inner import Schedule, Trained, make_optimizer, train_steps
+from dept_ray.silo.micro_batch import find_micro_batch
 from dept_ray.silo.model import Body, Embedding, LanguageModel, flatten_parameters, initialise, layout_of
 from dept_ray.silo.optimizer import Optimizer
 from dept_ray.silo.score import score_corpus
 from dept_ray.silo.snapshot import load_snapshot, prune_snapshots, save_snapshot, snapshot_name
+from dept_ray.silo.team import Team
 from dept_ray.silo.wire import Shared, Wire
 from dept_ray.text.prepare import corpus_folder
 from dept_ray.text.shards import Corpus, open_corpus
@@ -93,6 +97,7 @@ class Silo:
         spec: what this silo is.
         read: how blocks become tokens; None reads the shards in this process.
         clock: seconds, for what is reported.
+        start: how its other ranks are started, where it has some.
 
     Raises:
         ShardError: its shards are missing or altered.
@@ -100,10 +105,11 @@ class Silo:
     """
 
     def __init__(
-        self, job: Job, spec: SiloSpec, read: Read | None = None, clock: Callable[[], float] = time.perf_counter
-    ) -> None:
+        self, job: Job, spec: SiloSpec, read: Read | None = None, clock: Callable[[], float] = time.perf_counter,
+        start: Start = start_processes,
+    ) -> None:  # fmt: skip
         self.job, self.spec, self._clock = job, spec, clock
-        self.hardware = choose_hardware(job, spec.threads, spec.gpu, spec.compile)
+        self.hardware = choose_hardware(job, spec.threads, spec.gpu, spec.compile, spec.ranks)
         self.corpora = open_corpora(job, spec)
         self.vocabulary = vocabulary_of(spec, self.corpora)
         self.stream = self._make_stream(
@@ -118,8 +124,12 @@ class Silo:
         self.body, self._body_grad = flatten_parameters(self.model.body, self.layout)
         self._loss_of = torch.compile(self.model.loss) if self.hardware.compile else self.model.loss
         self._optimizer = self._new_optimizer()
+        if spec.gpu and job.inner.micro_batch is None:
+            found = find_micro_batch(self.model, self._optimizer.tensors, job, self.hardware, spec.gpu_part)
+            self.hardware = replace(self.hardware, micro_batch=found)
         self._after: str | None = NOWHERE
         self._stop_at: tuple[int, int] | None = None
+        self._ranks = Ranks(job, spec, start)
         self._wire = Wire(spec.silo, {} if job.wire.codec == "fp32" else self._fresh_shared())
         self._status = SiloStatus(spec.silo)
 
@@ -197,12 +207,39 @@ class Silo:
             if corpus.validation.tokens
         }
 
+    def follow(self, order: RoundOrder, moments: Mapping[str, Sequence[int]], team: Team) -> None:
+        """Train along with the rank 0 that obeys an order, beginning with all that it has.
+
+        Args:
+            order: without its arrays.
+            moments: shapes of the optimizer's, by name.
+            team: all ranks.
+
+        Raises:
+            SiloError: another rank is gone.
+        """
+        torch.set_num_threads(self.spec.threads)
+        self._optimizer = self._new_optimizer()
+        self._load_moments({name: torch.empty(tuple(shape)) for name, shape in moments.items()})
+        self._steps(order, team)
+
+    def close(self) -> None:
+        """Stop reading ahead, and let the other ranks go."""
+        self.stream.close()
+        self._ranks.close()
+
     # ------------------------------------------------------------------------------------ the parts of obeying
     def _train(self, order: RoundOrder) -> Trained:
         self._say("training", order)
         if self.spec.reset_embedding and order.round > 0:
             self._draw_tokens(order.round)
-        return train_steps(
+        with self._ranks.following(order, self._moments()) as team:
+            return self._steps(order, team)
+
+    def _steps(self, order: RoundOrder, team: Team) -> Trained:
+        """The steps of an order, as one of its ranks."""
+        team.copy_from_first([*self._optimizer.tensors, *self._moments().values()])
+        trained = train_steps(
             self.model,
             self._loss_of,
             self._optimizer,
@@ -219,9 +256,12 @@ class Silo:
                 embedding_period=order.steps if self.spec.reset_embedding else None,
                 frozen_steps=order.frozen_steps,
             ),
-            should_stop=lambda: self._stop_at == (order.round, order.attempt),
+            should_stop=lambda: team.any(self._stop_at == (order.round, order.attempt)),
             watch=lambda step, loss, rate: self._say("training", order, step=step, loss=loss, tokens_per_s=rate),
+            team=team,
         )
+        team.check_equal(self._optimizer.tensors)
+        return trained
 
     def _restore(self, after: str | None) -> None:
         """Make memory equal to a snapshot (None: to a fresh silo), unless it is already."""
@@ -308,6 +348,8 @@ class Silo:
             run=order.run, silo=order.silo, round=order.round, life=order.life, attempt=order.attempt,
             fingerprint=order.fingerprint, steps=trained.steps, tokens=trained.tokens, position=position,
             snapshot=snapshot, loss=trained.loss, scores=scores, epochs=self.stream.epochs(position), seconds=seconds,
+            flops=trained.tokens * flops_per_token(self.job.model, self.job.inner.context, self.vocabulary.size),
+            peak_flops=self.hardware.peak_flops,
         )  # fmt: skip
 
     # ------------------------------------------------------------------------------------ embedding and moments

@@ -20,6 +20,7 @@ from dept_ray.errors import ConfigError, nearest
 BENCHMARKS: dict[str, tuple[str, ...]] = {
     "silo": ("bench_silo.py",),
     "silos": ("bench_silo.py", "--silos", "4"),
+    "coordinator": ("bench_coordinator.py",),
     "startup": ("bench_startup.py",),
     "text": ("bench_text.py",),
     "peers": ("bench_peers.py",),

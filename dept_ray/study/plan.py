@@ -23,7 +23,7 @@ from dept_ray.study.costs import FP32_BYTES, DataParallel, Memory, Plan, SiloPla
 MANY_EPOCHS = 4.0
 """Past this, repeated text teaches less and less (METHOD.md section 6)."""
 GPU_MICRO_BATCH = 16
-"""`inner.micro_batch` in force on a GPU where the job leaves it open, as silo/hardware.py chooses."""
+"""`inner.micro_batch` on a GPU, at most, where the job leaves it open: a silo takes as many as its GPU has room for."""
 
 
 def plan(job: Job, vocabulary_sizes: Mapping[str, int] | None = None, tokens: Mapping[str, int] | None = None) -> Plan:
@@ -205,8 +205,9 @@ def _placed(job: Job, silo: str) -> Job:
 
 def _memory(job: Job, parameters: int, vocabulary_size: int) -> Memory:
     inner, resources = job.inner, job.resources
-    most = min(GPU_MICRO_BATCH if resources.num_gpus else inner.batch_size, inner.batch_size)
-    largest = next(d for d in range(most, 0, -1) if inner.batch_size % d == 0)
+    share = inner.batch_size // resources.processes
+    most = min(GPU_MICRO_BATCH, share) if resources.num_gpus else share
+    largest = next(d for d in range(most, 0, -1) if share % d == 0)
     micro_batch = inner.micro_batch or largest
     rows = loss_rows(job, micro_batch * inner.context, vocabulary_size)
     return Memory(

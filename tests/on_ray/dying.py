@@ -18,6 +18,7 @@ from dept_ray.metrics import JsonLines
 from dept_ray.on_ray.actors import CoordinatorActor
 from dept_ray.on_ray.pool import RayPool
 from dept_ray.rounds import store as store_module
+from dept_ray.rounds.pool import nothing
 from dept_ray.rounds.store import RunStore
 
 STEPS = (
@@ -42,10 +43,11 @@ def arm(plan: dict[int, str], notes: Path, pace_s: float) -> None:
     """Let the plan act in this process."""
     now = {"round": -1}
 
-    def perhaps_die(how: str) -> None:
-        if plan.get(now["round"]) == how:
+    def perhaps_die(how: str, round: int | None = None) -> None:
+        round = now["round"] if round is None else round
+        if plan.get(round) == how:
             try:
-                (notes / f"claim-coordinator-{now['round']}").mkdir(parents=True)
+                (notes / f"claim-coordinator-{round}").mkdir(parents=True)
             except FileExistsError:
                 return
             os.kill(os.getpid(), signal.SIGKILL)
@@ -56,12 +58,18 @@ def arm(plan: dict[int, str], notes: Path, pace_s: float) -> None:
     def traced(self: RayPool, cores: int | None = None) -> None:
         make(self, cores, partial(FaultySilo, {}, str(notes), True, pace_s=pace_s))
 
-    def run_round_or_die(self: RayPool, orders: Any, deadline: Any) -> Any:
+    def run_round_or_die(self: RayPool, orders: Any, deadline: Any, meanwhile: Any = nothing) -> Any:
+        """The round before is committed in the middle of it: `now` names the round whose commit comes next."""
         if not any(order.steps for order in orders.values()):
-            return run_round(self, orders, deadline)
-        now["round"] = next(iter(orders.values())).round
-        perhaps_die("before the orders")
-        answers = run_round(self, orders, deadline)
+            return run_round(self, orders, deadline, meanwhile)
+        round = next(iter(orders.values())).round
+        perhaps_die("before the orders", round)
+
+        def commit() -> None:
+            meanwhile()
+            now["round"] = round
+
+        answers = run_round(self, orders, deadline, commit)
         perhaps_die("before the outer step")
         return answers
 

@@ -15,7 +15,7 @@ from dept_ray.metrics import JsonLines, Log, read_records
 from dept_ray.rounds.changes import LIVE_KEYS, check_change
 from dept_ray.rounds.control import Control
 from dept_ray.rounds.methods import METHODS
-from dept_ray.rounds.pool import Deadline, LocalPool
+from dept_ray.rounds.pool import Deadline, LocalPool, Meanwhile, nothing
 from dept_ray.rounds.state import RunState
 from dept_ray.rounds.store import RunStore, load_round
 from dept_ray.rounds.train import train
@@ -32,11 +32,13 @@ class Ordered(LocalPool):
         self.orders: dict[int, dict[str, RoundOrder]] = {}
         self.limits: dict[int, float] = {}
 
-    def run_round(self, orders: Mapping[str, RoundOrder], deadline: Deadline) -> dict[str, SiloUpdate | Exception]:
+    def run_round(
+        self, orders: Mapping[str, RoundOrder], deadline: Deadline, meanwhile: Meanwhile = nothing
+    ) -> dict[str, SiloUpdate | Exception]:
         first = next(iter(orders.values()))
         if first.steps:
             self.orders[first.round], self.limits[first.round] = dict(orders), deadline([])
-        return super().run_round(orders, deadline)
+        return super().run_round(orders, deadline, meanwhile)
 
 
 def run(job: Job, *asks: tuple[int, Change], stop_after: int | None = None, pool: LocalPool | None = None

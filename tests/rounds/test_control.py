@@ -13,7 +13,7 @@ from dept_ray.errors import StoreError
 from dept_ray.messages import RoundOrder, SiloUpdate
 from dept_ray.metrics import read_records
 from dept_ray.rounds.control import Control
-from dept_ray.rounds.pool import Deadline, LocalPool
+from dept_ray.rounds.pool import Deadline, LocalPool, Meanwhile, nothing
 from dept_ray.rounds.state import RunState
 from dept_ray.rounds.store import RunStore
 from dept_ray.rounds.train import train
@@ -43,11 +43,13 @@ class GatedPool(LocalPool):
         super().__init__()
         self.begun, self.gate, self.gated = threading.Semaphore(0), threading.Semaphore(0), gated
 
-    def run_round(self, orders: Mapping[str, RoundOrder], deadline: Deadline) -> dict[str, SiloUpdate | Exception]:
+    def run_round(
+        self, orders: Mapping[str, RoundOrder], deadline: Deadline, meanwhile: Meanwhile = nothing
+    ) -> dict[str, SiloUpdate | Exception]:
         if self.gated and any(order.steps for order in orders.values()):
             self.begun.release()
             assert self.gate.acquire(timeout=PATIENCE_S)
-        return super().run_round(orders, deadline)
+        return super().run_round(orders, deadline, meanwhile)
 
 
 class Live:

@@ -10,7 +10,7 @@ from faulty_silo import Died, FaultySilo, Moment
 
 from dept_ray.config import Job
 from dept_ray.messages import RoundOrder, SiloUpdate
-from dept_ray.rounds.pool import Deadline, LocalPool, specs_of
+from dept_ray.rounds.pool import Deadline, LocalPool, Meanwhile, nothing, specs_of
 
 
 class MortalPool(LocalPool):
@@ -20,8 +20,10 @@ class MortalPool(LocalPool):
         self.job = job
         super().open(job, first)
 
-    def run_round(self, orders: Mapping[str, RoundOrder], deadline: Deadline) -> dict[str, SiloUpdate | Exception]:
-        answers = super().run_round(orders, deadline)
+    def run_round(
+        self, orders: Mapping[str, RoundOrder], deadline: Deadline, meanwhile: Meanwhile = nothing
+    ) -> dict[str, SiloUpdate | Exception]:
+        answers = super().run_round(orders, deadline, meanwhile)
         for name, answer in answers.items():
             if isinstance(answer, Died):
                 self.silos[name].stream.close()

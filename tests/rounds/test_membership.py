@@ -18,7 +18,7 @@ from dept_ray.jobfile import parse_job
 from dept_ray.messages import RoundOrder, SiloCard, SiloStatus, SiloUpdate
 from dept_ray.rounds.control import Control
 from dept_ray.rounds.membership import choose, deadline_s, judge, refusal
-from dept_ray.rounds.pool import Deadline
+from dept_ray.rounds.pool import Deadline, Meanwhile, nothing
 from dept_ray.rounds.store import RunStore, load_round, run_folder
 from dept_ray.rounds.train import train
 
@@ -73,7 +73,7 @@ ORDER = RoundOrder(
     run="tiny", silo="a", round=7, attempt=1, after=None, position={"a": 0}, first_step=14, steps=2, score=False,
     fingerprint="f00d", body=np.zeros(6, np.float32), rows=np.zeros((3, 2), np.float32),
 )  # fmt: skip
-ANSWER = an_answer("a", 16, np.ones(6), np.ones((3, 2)), order=ORDER)
+ANSWER = an_answer("a", 8, np.ones(6), np.ones((3, 2)), order=ORDER)
 
 
 def spoilt(value: float, like: np.ndarray | None) -> np.ndarray:
@@ -102,18 +102,17 @@ def test_the_answer_to_the_order_counts():
         ({"body": np.ones(5, np.float32)}, r"body: float32 \(5,\), asked was float32 \(6,\)"),
         ({"rows": np.ones((2, 3), np.float32)}, r"rows: float32 \(2, 3\), asked was float32 \(3, 2\)"),
         ({"body": np.ones(6)}, "body: float64"),
-        ({"body": spoilt(math.nan, ANSWER.body)}, "body: not finite"),
-        ({"body": spoilt(-math.inf, ANSWER.body)}, "body: not finite"),
-        ({"rows": spoilt(math.inf, ANSWER.rows)}, "rows: not finite"),
+        ({"body": spoilt(math.nan, ANSWER.delta("body"))}, "body: not finite"),
+        ({"body": spoilt(-math.inf, ANSWER.delta("body"))}, "body: not finite"),
+        ({"rows": spoilt(math.inf, ANSWER.delta("rows"))}, "rows: not finite"),
         ({"tokens": 0}, "trained no token"),
         ({"loss": math.nan}, "loss: nan"),
         ({"loss": math.inf}, "loss: inf"),
     ],
 )  # fmt: skip
 def test_any_other_answer_is_refused_with_its_reason(change, reason):
-    found = refusal(ORDER, replace(ANSWER, **change))
-    assert found is not None
-    assert re.search(reason, found), found
+    found = judge(job_of(), {"a": ORDER}, {"a": replace(ANSWER, **change)}).refused
+    assert re.search(reason, found["a"]), found
 
 
 def test_arrays_that_stay_home_are_not_wanted():
@@ -247,6 +246,8 @@ class FakePool:
     def cards(self) -> dict[str, SiloCard]:
         return {source.name: a_card(source.name) for source in self.job.sources}
 
+    remote = False
+
     def open(self, job: Job, first: Job) -> None:
         assert job == first == self.job
 
@@ -262,7 +263,9 @@ class FakePool:
     def failed(self) -> dict[str, str]:
         return {}
 
-    def run_round(self, orders: Mapping[str, RoundOrder], deadline: Deadline) -> dict[str, SiloUpdate | Exception]:
+    def run_round(
+        self, orders: Mapping[str, RoundOrder], deadline: Deadline, meanwhile: Meanwhile = nothing
+    ) -> dict[str, SiloUpdate | Exception]:
         self.asked.append(dict(orders))
         return {name: answer for name, order in orders.items() if (answer := self.answers(order)) is not None}
 

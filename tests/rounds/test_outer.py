@@ -1,14 +1,19 @@
 """The outer step is equations (1) to (4): torch's SGD bit for bit, the weighted mean by hand, rows that stay put."""
 
 import itertools
+import weakref
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from tiny import a_card, an_answer
 
+from dept_ray.codec import decoded, encode
 from dept_ray.config import Job
 from dept_ray.jobfile import parse_job
+from dept_ray.messages import Held
 from dept_ray.rounds import outer
 from dept_ray.rounds.outer import outer_step, weights_of
 from dept_ray.rounds.state import RunState, SiloRecord
@@ -110,14 +115,34 @@ def test_a_source_s_weight_multiplies_its_tokens():
     assert weights_of(job_of({"a": 3.0, "c": 4.0}), answers) == {"a": 300 / 800, "b": 300 / 800, "c": 200 / 800}
 
 
-def test_a_vector_longer_than_what_is_folded_at_a_time_arrives_whole():
+@pytest.mark.parametrize("codec", ["fp32", "int4"])
+def test_a_vector_longer_than_what_is_folded_at_a_time_arrives_whole(codec):
     draw, size = np.random.default_rng(0), 2 * outer._CHUNK + 7
-    deltas = {name: draw.standard_normal(size).astype(np.float32) for name in "cab"}
+    vectors = {name: draw.standard_normal(size).astype(np.float32) for name in "cab"}
+    deltas = {name: v if codec == "fp32" else encode(v, codec)[0] for name, v in vectors.items()}
     weights = {"a": 0.5, "b": 0.3, "c": 0.2}
     expected = np.zeros(size, np.float32)
     for name in sorted(deltas):
-        expected += deltas[name] * np.float32(weights[name])
-    np.testing.assert_array_equal(outer.weighted_mean(deltas, weights), expected)
+        expected += decoded(deltas[name]) * np.float32(weights[name])
+    mean = outer.weighted_mean({name: partial(deltas.get, name) for name in deltas}, weights, size)
+    np.testing.assert_array_equal(mean, expected)
+
+
+def test_of_a_thousand_silos_eight_deltas_are_in_memory():
+    made, most = [], 0
+
+    def fetch(value):
+        nonlocal most
+        delta = np.full(64, value, np.float32)
+        made.append(weakref.ref(delta))
+        most = max(most, sum(each() is not None for each in made))
+        return delta
+
+    answers = {f"s{i:03d}": replace(an_answer(f"s{i:03d}"), body=Held(partial(fetch, i))) for i in range(1000)}
+    records = {name: SiloRecord(position={name: 0}) for name in answers}
+    after = outer_step(job_of(), RunState(0, records, torch.zeros(64)), answers, {})
+    np.testing.assert_allclose(after.body, np.full(64, 499.5), rtol=1e-5)
+    assert most == 8
 
 
 def test_only_those_who_answered_count():

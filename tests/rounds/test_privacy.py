@@ -23,7 +23,7 @@ from dept_ray.config import Job
 from dept_ray.messages import RoundOrder, SiloUpdate
 from dept_ray.metrics import JsonLines, Log, TensorBoard, read_records
 from dept_ray.rounds.control import Control
-from dept_ray.rounds.pool import Deadline, LocalPool
+from dept_ray.rounds.pool import Deadline, LocalPool, Meanwhile, nothing
 from dept_ray.rounds.state import RunState
 from dept_ray.rounds.store import RunStore
 from dept_ray.rounds.train import train
@@ -41,8 +41,10 @@ class Tapped(LocalPool):
         self.messages: list[Any] = []
         self.rows: dict[str, list[np.ndarray]] = {}
 
-    def run_round(self, orders: Mapping[str, RoundOrder], deadline: Deadline) -> dict[str, SiloUpdate | Exception]:
-        answers = super().run_round(orders, deadline)
+    def run_round(
+        self, orders: Mapping[str, RoundOrder], deadline: Deadline, meanwhile: Meanwhile = nothing
+    ) -> dict[str, SiloUpdate | Exception]:
+        answers = super().run_round(orders, deadline, meanwhile)
         self.messages += [*orders.values(), *answers.values(), *self.statuses().values(), *self.cards.values()]
         for name, silo in self.silos.items():
             self.rows.setdefault(name, []).append(silo._rows())

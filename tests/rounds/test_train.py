@@ -23,7 +23,7 @@ from dept_ray.method_names import METHOD_NAMES
 from dept_ray.metrics import JsonLines, Log, read_records
 from dept_ray.rounds.control import Control
 from dept_ray.rounds.methods import METHODS
-from dept_ray.rounds.pool import Deadline, LocalPool
+from dept_ray.rounds.pool import Deadline, LocalPool, Meanwhile, nothing
 from dept_ray.rounds.state import RunState, fresh_state
 from dept_ray.rounds.store import RunStore
 from dept_ray.rounds.train import train
@@ -39,9 +39,11 @@ class RecordingPool(LocalPool):
         self.orders: list[RoundOrder] = []
         self.updates: list[SiloUpdate] = []
 
-    def run_round(self, orders: Mapping[str, RoundOrder], deadline: Deadline) -> dict[str, SiloUpdate | Exception]:
+    def run_round(
+        self, orders: Mapping[str, RoundOrder], deadline: Deadline, meanwhile: Meanwhile = nothing
+    ) -> dict[str, SiloUpdate | Exception]:
         self.orders += orders.values()
-        answers = super().run_round(orders, deadline)
+        answers = super().run_round(orders, deadline, meanwhile)
         self.updates += [answer for answer in answers.values() if isinstance(answer, SiloUpdate)]
         return answers
 
@@ -225,8 +227,10 @@ def test_a_run_killed_between_a_silo_s_snapshot_and_the_manifest_makes_the_round
         pass
 
     class KilledPool(LocalPool):
-        def run_round(self, orders: Mapping[str, RoundOrder], deadline: Deadline) -> dict[str, SiloUpdate | Exception]:
-            answers = super().run_round(orders, deadline)
+        def run_round(
+            self, orders: Mapping[str, RoundOrder], deadline: Deadline, meanwhile: Meanwhile = nothing
+        ) -> dict[str, SiloUpdate | Exception]:
+            answers = super().run_round(orders, deadline, meanwhile)
             if next(iter(orders.values())).round == 1:
                 raise Killed
             return answers

@@ -16,7 +16,7 @@ from dept_ray.errors import SiloError
 from dept_ray.messages import RoundOrder, SiloUpdate
 from dept_ray.metrics import Log
 from dept_ray.rounds.control import Control
-from dept_ray.rounds.pool import Deadline, LocalPool
+from dept_ray.rounds.pool import Deadline, LocalPool, Meanwhile, nothing
 from dept_ray.rounds.state import Move, RunState, shared_body
 from dept_ray.rounds.store import RunStore
 from dept_ray.rounds.train import train
@@ -34,8 +34,10 @@ class Watched(LocalPool):
         self.orders: list[RoundOrder] = []
         self.held: list[dict[str, Any]] = []
 
-    def run_round(self, orders: Mapping[str, RoundOrder], deadline: Deadline) -> dict[str, SiloUpdate | Exception]:
-        answers = super().run_round(orders, deadline)
+    def run_round(
+        self, orders: Mapping[str, RoundOrder], deadline: Deadline, meanwhile: Meanwhile = nothing
+    ) -> dict[str, SiloUpdate | Exception]:
+        answers = super().run_round(orders, deadline, meanwhile)
         self.orders += orders.values()
         self.held.append({name: {k: v.copy() for k, v in self.silos[name]._wire._held.items()} for name in orders})
         return answers
@@ -123,10 +125,10 @@ def test_steps_are_kept_while_they_are_fewer_bytes_than_the_body():
 
 def test_a_silo_whose_copy_rots_is_told_everything_and_goes_on(tiny):
     class Rotting(Watched):
-        def run_round(self, orders, deadline):
+        def run_round(self, orders, deadline, meanwhile=nothing):
             if orders["latin"].round == 1:
                 self.silos["latin"]._wire._held["body"][7] += 1
-            return super().run_round(orders, deadline)
+            return super().run_round(orders, deadline, meanwhile)
 
     job = tiny("trim", wire={"codec": "int8"}, rounds={"total": 4})
     state, records, pool = run(job, Rotting())

@@ -291,7 +291,11 @@ def test_auto_precision_and_micro_batch_follow_the_silo_s_own_resources():
 def test_micro_batches_are_those_that_a_silo_would_choose(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     job = tiny(inner={"batch_size": 64})
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     assert choose_hardware(job, 1, gpu=True, compile=False).micro_batch == GPU_MICRO_BATCH
+    several = choose_hardware(job, 1, gpu=True, compile=False, ranks=8)
+    assert several.micro_batch == 64 / 8
+    assert several.peak_flops in (0.0, 8 * 989e12), "unknown where bf16 is not used"
 
 
 def test_the_loss_holds_a_chunk_and_the_heads_gradient():

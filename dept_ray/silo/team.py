@@ -1,0 +1,155 @@
+"""`Team`: the ranks that train one silo together, as each of them sees it.
+
+Every rank has the whole model, takes its own rows of every batch, and makes the same optimizer step on the same summed
+gradient: all stay equal to the bit, and no parameter travels during a round (`check_equal` proves it at its end).
+Nothing is sharded: a model must fit one GPU, with 16 bytes a parameter for weights, gradient and two moments.
+
+Gradients are summed once a step, after the last micro-batch, and not while the backward pass runs. For N parameters, a
+step of 256 x 2048 tokens is 6 N x 524,288 operations: 0.98 ns a parameter on eight GPUs at 400 TFLOP/s each. A ring
+moves 2 x 7/8 x 4 = 7 bytes a parameter: 0.023 ns at 300 GB/s (NVLink), 2 % of the step, which is all that overlapping
+could save. Over PCIe at 25 GB/s it is 0.28 ns, 29 %: raise `inner.batch_size` there, or use fewer ranks.
+
+Small things (may all stop?) go over gloo on the CPU, so that they never wait for a GPU. A silo lives on one node: its
+ranks meet on the loopback interface.
+"""
+
+import socket
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+
+from dept_ray.errors import SiloError
+
+_HERE = "127.0.0.1"
+
+
+class Team:
+    """One rank's view of all; by default the only one.
+
+    Args:
+        rank: its number; 0 obeys orders, the others follow it.
+        size: how many they are.
+        small: process group of CPU tensors.
+        large: process group of the tensors that are trained.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, small: Any = None, large: Any = None) -> None:
+        self.rank, self.size, self._small, self._large = rank, size, small, large
+
+    def rows(self, batch: np.ndarray) -> np.ndarray:
+        """This rank's rows of a batch (B, ...): the block (B / size, ...) of its number."""
+        each = len(batch) // self.size
+        return batch[self.rank * each : (self.rank + 1) * each]
+
+    def any(self, here: bool) -> bool:
+        """Whether it is so on any rank; all must ask alike."""
+        if self.size == 1:
+            return here
+        said = torch.tensor([int(here)])
+        self._done(self._small.allreduce, [said])
+        return bool(said.item())
+
+    def sum(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Replace each tensor by its sum over the ranks, the same bits on all of them."""
+        if self.size > 1:
+            for tensor in tensors:
+                self._done(self._large.allreduce, [tensor])
+
+    def copy_from_first(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Replace each tensor by rank 0's."""
+        if self.size > 1:
+            for tensor in tensors:
+                # A scalar too: as a vector of one.
+                self._done(self._large.broadcast, [tensor.detach().view(-1)])
+
+    def check_equal(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Hold the ranks to having the same bits.
+
+        Raises:
+            SiloError: they have not.
+        """
+        if self.size == 1:
+            return
+        bits = sum(int(tensor.detach().view(torch.int32).sum(dtype=torch.int64)) for tensor in tensors)
+        ends = torch.tensor([bits, -bits])
+        self._done(self._small.allreduce, [ends], _distributed().ReduceOp.MAX)
+        if ends[0] != -ends[1]:
+            raise SiloError(f"the {self.size} ranks of a silo do not have the same parameters any more")
+
+    def leave(self) -> None:
+        """Wait for nobody any more: what another rank's end left unfinished on a GPU would block it for ever."""
+        if self.size > 1:
+            self._large.abort()
+
+    def _done(self, collective: Callable[..., Any], *args: Any) -> None:
+        """Raises SiloError where another rank is gone, or silent for longer than the group waits."""
+        try:
+            collective(*args).wait()
+        except RuntimeError as err:
+            raise SiloError(f"rank {self.rank} of {self.size} lost another: {_first_words(err)}") from None
+
+
+ALONE = Team()
+"""Of a silo with one rank."""
+
+
+def new_store(timeout_s: float) -> Any:
+    """Where ranks meet: a table of names and values on this machine's loopback interface, at a free port."""
+    listener = socket.socket()
+    listener.bind((_HERE, 0))
+    listener.listen()
+    port, wait = listener.getsockname()[1], timedelta(seconds=timeout_s)
+    return _distributed().TCPStore(
+        _HERE, port, is_master=True, wait_for_workers=False, timeout=wait, master_listen_fd=listener.detach()
+    )
+
+
+def open_store(port: int, timeout_s: float) -> Any:
+    """The table of another process."""
+    return _distributed().TCPStore(_HERE, port, is_master=False, timeout=timedelta(seconds=timeout_s))
+
+
+def join(store: Any, rank: int, size: int, gpu: bool, timeout_s: float) -> Team:
+    """Become a rank; returns when all have.
+
+    Args:
+        store: where they meet.
+        rank, size: its number, and how many they are.
+        gpu: whether it trains on one.
+        timeout_s: what any of them waits for any other, now and later.
+
+    Raises:
+        SiloError: another is gone, or does not come.
+    """
+    dist, wait = _distributed(), timedelta(seconds=timeout_s)
+    options = dist.ProcessGroupGloo._Options()
+    options._devices, options._timeout = [dist.ProcessGroupGloo.create_device(hostname=_HERE)], wait
+    try:
+        small = large = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, options)
+        if gpu:
+            settings = dist.ProcessGroupNCCL.Options()
+            settings._timeout = wait
+            large = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), rank, size, settings)
+    except RuntimeError as err:
+        raise SiloError(f"rank {rank} of {size} did not meet the others: {_first_words(err)}") from None
+    return Team(rank, size, small, large)
+
+
+def _first_words(err: Exception) -> str:
+    """Without where in torch's sources it was raised, and what that may mean.
+
+    >>> _first_words(RuntimeError("[a/b.cc:553] Connection closed by peer [127.0.0.1]:3042. This is\\nrare"))
+    'Connection closed by peer [127.0.0.1]:3042'
+    """
+    line = str(err).splitlines()[0]
+    return (line.split("] ", 1)[-1] if line.startswith("[") else line).split(". ")[0]
+
+
+def _distributed() -> Any:
+    """torch.distributed, whose checkers know only half of it; a second to import, for those alone who have ranks."""
+    from torch import distributed
+
+    return distributed
