@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 from dept_ray.config import Job, RegionsSection
@@ -211,7 +212,10 @@ class Agent:
         for name in list(self._answers):
             opening, number, _ = name.removeprefix("update-").split("-", 2)
             if f"{opening}-{number}" in orders:
-                self.box.write(f"{self.name}/{name}", self._answers[name])
+                answer = self._answers[name]
+                if isinstance(answer, SiloUpdate):  # its deltas may lie in the region's object store
+                    answer = replace(answer, body=answer.delta("body"), rows=answer.delta("rows"))
+                self.box.write(f"{self.name}/{name}", answer)
             del self._answers[name]
         self._done = self._begun
 

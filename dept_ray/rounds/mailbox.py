@@ -25,7 +25,7 @@ from dept_ray.errors import ClusterError, RunError, SiloError, StoreError, Wrong
 from dept_ray.messages import RoundOrder, SiloCard, SiloStatus, SiloUpdate
 from dept_ray.rounds.letters import Mailbox
 from dept_ray.rounds.methods import method_of, resources_of, silos_of
-from dept_ray.rounds.pool import Deadline, timed
+from dept_ray.rounds.pool import Deadline, Meanwhile, nothing, timed
 from dept_ray.rounds.regions import check_regions
 
 RUN, BEAT = "run", "beat"
@@ -48,6 +48,8 @@ class MailboxPool:
         clock, sleep: seconds, and waiting for some.
         reach: opens the mailbox that a job names.
     """
+
+    remote = True
 
     def __init__(
         self, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep,
@@ -231,7 +233,9 @@ class MailboxPool:
         return self.box
 
     # ------------------------------------------------------------------------------------------ a round
-    def run_round(self, orders: Mapping[str, RoundOrder], deadline: Deadline) -> dict[str, SiloUpdate | Exception]:
+    def run_round(
+        self, orders: Mapping[str, RoundOrder], deadline: Deadline, meanwhile: Meanwhile = nothing
+    ) -> dict[str, SiloUpdate | Exception]:
         self._number += 1
         answers, at = dict[str, SiloUpdate | Exception](), dict[str, float]()
         asked_at, agents = dict[str, float](), dict[str, str]()
@@ -245,6 +249,7 @@ class MailboxPool:
                 else:
                     answers[silo] = reason or SiloError("no region has it now")
         began, stopped_at, asked = self.clock(), None, set(out.values())
+        meanwhile()
         while out:
             self._look()
             came, listed = self._collect(out)
