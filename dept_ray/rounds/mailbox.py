@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dept_ray.config import Job
-from dept_ray.errors import ClusterError, RunError, SiloError, StoreError, WrongRunError
+from dept_ray.errors import ClusterError, ConfigError, RunError, SiloError, StoreError, WrongRunError
 from dept_ray.messages import RoundOrder, SiloCard, SiloStatus, SiloUpdate
 from dept_ray.rounds.letters import Mailbox
 from dept_ray.rounds.methods import method_of, resources_of, silos_of
@@ -75,14 +75,7 @@ class MailboxPool:
         check_regions(job)
         assert job.regions.mailbox is not None
         self.job, self.first, box = job, first, self.reach(job.regions.mailbox)
-        said = box.read(RUN)
-        if said is not None and not said["closed"] and said["run"] != job.name:
-            raise WrongRunError(
-                f"mailbox {box.uri} is run {said['run']}'s: give this one another prefix (regions.mailbox) or, if that "
-                f"run will never go on, delete all that is there"
-            )
-        for name in box.names():
-            box.delete(name)
+        self._sweep(box)
         self.box = box
         self._tell()
         self._wait_for_silos()
@@ -100,6 +93,28 @@ class MailboxPool:
             for name in self.box.names():
                 if name != RUN:
                     self.box.delete(name)
+
+    def _sweep(self, box: Mailbox) -> None:
+        """Take away what an earlier life, or an earlier run, left behind; nothing that is not a mailbox's.
+
+        Raises:
+            ConfigError: other things are there.
+            WrongRunError: another run is in progress there.
+        """
+        names, said = box.names(), box.read(RUN)
+        if said is None and names:
+            raise ConfigError(
+                f"regions.mailbox: {box.uri} holds other things ({', '.join(names[:3])}), and a mailbox is swept: name "
+                "a folder or prefix for this job alone"
+            )
+        if said is not None and not said["closed"] and said["run"] != self.job.name:
+            raise WrongRunError(
+                f"mailbox {box.uri} is run {said['run']}'s: give this one another prefix (regions.mailbox) or, if that "
+                "run will never go on, delete all that is there"
+            )
+        for name in names:
+            if name != RUN:
+                box.delete(name)
 
     def _tell(self, closed: bool = False) -> None:
         jobs = {} if closed else {"job": self.job.model_dump_json(), "first": self.first.model_dump_json()}

@@ -294,6 +294,21 @@ def test_another_run_s_mailbox_is_not_taken(prepared, tmp_path):
     assert box.read(RUN)["run"] == "another"
 
 
+def test_a_folder_with_other_things_in_it_is_not_swept(prepared, tmp_path):
+    mine = tmp_path / "mine"
+    job = mailed(prepared, tmp_path / "job", regions={"mailbox": str(mine)})
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("all of it")
+    pool = MailboxPool()
+    with pytest.raises(ConfigError, match=r"holds other things \(thesis.txt\), and a mailbox is swept"):
+        pool.open(job, job)
+    (mine / "run").write_bytes(b"a file that happens to be called run, and is no letter of ours at all")
+    with pytest.raises(RunError, match="altered"):
+        pool.open(job, job)
+    pool.close()
+    assert (mine / "thesis.txt").read_text() == "all of it"
+
+
 def test_where_no_region_answers_the_run_says_what_to_start(prepared, tmp_path):
     job = mailed(prepared, tmp_path / "run")
     turns = Turns(tmp_path / "run" / "mailbox", mortal(tmp_path))
