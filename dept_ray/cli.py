@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dept_ray import __version__, cli_jobs, cli_live, cli_region
-from dept_ray.errors import DeptError
+from dept_ray.errors import ConfigError, DeptError
 from dept_ray.method_names import METHOD_NAMES
 
 if TYPE_CHECKING:
@@ -91,10 +91,41 @@ def train(
     console = _console()
     job = _load(job_file, method, folder)
     records = _train_here(job, console) if local else _train(job, address, console, detach)
-    if records and records[-1]["event"] == "scores":
-        from dept_ray.console import score_table
+    _show_scores(job, records, console)
 
-        console.print(score_table(records[-1], f"{job.name}, {job.method}, after {records[-1]['round']} rounds"))
+
+@main.command()
+@click.argument("run")
+@click.argument("job_file")
+@click.option(
+    "--embedding", type=click.Choice(("random", "own", "overlap")), help="To begin from (default: the job's; random)."
+)
+@click.option("--round", "round_", type=click.IntRange(1), help="RUN's committed round (default: the last).")
+@click.option("--silo", help="Whose body, where each silo of RUN has its own.")
+@click.option("--frozen-body", is_flag=True, help="Train the embedding alone.")
+@click.option("--name", help="Of the new run (default: the job's, or RUN's with -adapted).")
+@click.option("--against", metavar="RUN2", help="Also how fast it learnt beside this run.")
+@address_option
+@click.option("--local", is_flag=True, help="The identical loop in this process, without Ray.")
+@method_option
+@folder_option
+def adapt(
+    run: str, job_file: str, embedding: str | None, round_: int | None, silo: str | None, frozen_body: bool,
+    name: str | None, against: str | None, address: str | None, local: bool, method: str | None, folder: str | None,
+) -> None:  # fmt: skip
+    """Go on from RUN's body with JOB_FILE, whose [[sources]] suffice: one mixture with a global vocabulary."""
+    from dept_ray.client import Run, adapt_job
+    from dept_ray.study.plasticity import plasticity_table
+
+    console = _console()
+    baseline = Run.open(against) if against else None
+    init = {"embedding": embedding, "round": round_, "silo": silo, "frozen_body": frozen_body or None}
+    given = {"method": method, "folder": folder, "name": name, "init": {k: v for k, v in init.items() if v is not None}}
+    job = adapt_job(Run.open(run), job_file, **{key: value for key, value in given.items() if value})
+    records = _train_here(job, console) if local else _train(job, address, console)
+    _show_scores(job, records, console)
+    theirs, called = (baseline.history(), baseline.job.name) if baseline else ([], "")
+    console.print(plasticity_table(records, f"{job.name}: how fast it learnt", theirs, called))
 
 
 @main.command()
@@ -130,19 +161,29 @@ def status(run: str, address: str | None, watch: bool) -> None:
 
 @main.command()
 @click.argument("run")
-def score(run: str) -> None:
-    """Validation of RUN's last committed round, per source."""
+@click.option("--text", type=click.Path(exists=True, dir_okay=False), help="This file instead of the validation text.")
+@click.option("--source", help="Whose tokenizer and embedding the text is scored with (default: the likest one's).")
+def score(run: str, text: str | None, source: str | None) -> None:
+    """Validation of RUN's last committed round, per source; or what its model makes of a text."""
     from dept_ray.client import Run
-    from dept_ray.console import score_table
+    from dept_ray.console import score_table, text_table
 
     handle = Run.open(run)
-    record = handle.score()
-    _console().print(score_table(record, f"{handle.job.name} after {record['round']} rounds"))
+    if text is None:
+        if source is not None:
+            raise click.UsageError("--source says how a --text is scored; without one, all sources are")
+        record = handle.score()
+        _console().print(score_table(record, f"{handle.job.name} after {record['round']} rounds"))
+        return
+    words = _read(text)
+    choice = handle.choose(words)
+    record = handle.score_text(words, source or choice.source)
+    _console().print(text_table(record, choice.bits, choice.cannot, text))
 
 
 @main.command()
 @click.argument("run")
-@click.option("--source", help="Whose tokenizer and embedding to use (default: the first).")
+@click.option("--source", help="Whose tokenizer and embedding to use (default: the likest to the prompt).")
 @click.option("--prompt", default="", help="Text to go on from.")
 @click.option("--tokens", default=100, show_default=True, help="At most.")
 @click.option("--temperature", default=0.8, show_default=True)
@@ -152,8 +193,13 @@ def generate(run: str, source: str | None, prompt: str, tokens: int, temperature
     """Text from RUN's model."""
     from dept_ray.client import Run
 
-    pieces = Run.open(run).sample(prompt, source, tokens, temperature, top_k, seed)
+    handle = Run.open(run)
+    choice = handle.choose(prompt) if source is None else None
+    source = source or (choice and choice.source)
+    pieces = handle.sample(prompt, source, tokens, temperature, top_k, seed)
     first = next(pieces, "")  # a prompt that cannot be used fails before anything is shown
+    if choice is not None:
+        click.secho(choice.why, dim=True, err=True)  # beside the output, so that a pipe gets only that
     click.echo(prompt + first, nl=False)
     for piece in pieces:
         click.echo(piece, nl=False)
@@ -230,6 +276,22 @@ def _load(job_file: str, method: str | None, folder: str | None = None) -> "Job"
 
     given = {"method": method, "folder": folder}
     return load_job(job_file, **{key: value for key, value in given.items() if value})
+
+
+def _read(file: str) -> str:
+    try:
+        with open(file, encoding="utf-8") as opened:
+            return opened.read()
+    except (OSError, UnicodeDecodeError) as err:
+        raise ConfigError(f"--text {file}: cannot be read as UTF-8 text ({err})") from None
+
+
+def _show_scores(job: "Job", records: list[dict[str, Any]], console: "Console") -> None:
+    """What a run that is finished is worth."""
+    if records and records[-1]["event"] == "scores":
+        from dept_ray.console import score_table
+
+        console.print(score_table(records[-1], f"{job.name}, {job.method}, after {records[-1]['round']} rounds"))
 
 
 def _train_here(job: "Job", console: "Console") -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@
 A run that is over is read from its folder; one in progress is asked.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
     from dept_ray.on_ray.launch import Coordinator
     from dept_ray.rounds.control import Control
+    from dept_ray.study.choose import Choice
     from dept_ray.study.report import Plot
     from dept_ray.study.story import Story
 
@@ -67,6 +67,7 @@ class Run:
         from dept_ray.rounds.store import RunStore, in_progress
 
         check_regions(job)
+        job = begun(job)
         store = RunStore(job)  # refuses another job's folder before anything is spent
         if (where := in_progress(store.folder)) is not None:
             raise RunError(
@@ -91,13 +92,9 @@ class Run:
             raise ConfigError(
                 f'no run "{run}": neither a run folder nor a name under runs/ (known: {", ".join(known) or "none"})'
             )
-        try:
-            job = Job.model_validate(json.loads((folder / "config.json").read_text())["job"])
-            # The folder may have been moved since: its data and snapshots came along.
-            job = job.model_copy(update={"folder": str(folder.absolute().parents[1])})
-        except (ValueError, KeyError) as err:
-            raise StoreError(f"{folder / 'config.json'} cannot be read ({err}): restore it") from None
-        return cls(job, folder)
+        from dept_ray.rounds.store import read_job
+
+        return cls(read_job(folder), folder)
 
     @classmethod
     def attach(cls, run: str | Path, address: str | None = None) -> "Run":
@@ -197,6 +194,42 @@ class Run:
         round, scores = score_run(self.job, self.folder)
         return final_record(self.job, round, scores)
 
+    def choose(self, text: str) -> "Choice":
+        """The source that a text is most like (the first, of no text): whose tokenizer and embedding to use where
+        nobody says it.
+
+        Raises:
+            StoreError: no round is committed yet.
+            ShardError: the prepared text is not here.
+        """
+        from dept_ray.study.choose import choose_for
+
+        return choose_for(self.job, self.folder, text)
+
+    def score_text(self, text: str, source: str | None = None) -> Record:
+        """What the model of the last committed round makes of a text.
+
+        Args:
+            text: not empty.
+            source: whose tokenizer and embedding to use; None: the one that `choose` says.
+
+        Returns:
+            source, and the figures of a record's `scores`.
+
+        Raises:
+            ConfigError: the text is empty, or there is no such source.
+            StoreError, ShardError: as `choose`.
+            VocabularyError: the text holds a token that a trimmed vocabulary has not.
+        """
+        from dept_ray.rounds.ledger import scores_record
+        from dept_ray.study.generate import trained_silo
+
+        if not text:
+            raise ConfigError("the text to be scored is empty")
+        source = source or self.choose(text).source
+        _, silo = trained_silo(self.job, self.folder, source)
+        return {"source": source, **scores_record({source: silo.score_text(source, text)})["scores"][source]}
+
     def sample(
         self, prompt: str = "", source: str | None = None, tokens: int = 100, temperature: float = 0.8, top_k: int = 50,
         seed: int = 0,
@@ -205,7 +238,7 @@ class Run:
 
         Args:
             prompt: to go on from; it is not among the pieces.
-            source: whose tokenizer and embedding to use; None: the first one's.
+            source: whose tokenizer and embedding to use; None: the one that `choose` says.
             tokens: at most.
             temperature: 0 takes the likeliest token each time.
             top_k: draw among that many.
@@ -218,7 +251,7 @@ class Run:
         """
         from dept_ray.study import generate as using
 
-        source = source or self.job.sources[0].name
+        source = source or self.choose(prompt).source
         _, silo = using.trained_silo(self.job, self.folder, source)
         return using.generate(silo, source, prompt, tokens, temperature, top_k, seed)
 
@@ -324,6 +357,30 @@ class Run:
         return records
 
 
+def adapt_job(run: Run, file: str | Path, **overrides: Any) -> Job:
+    """The job that goes on from a run's body as a job file says, with the paper's defaults where it says nothing.
+
+    Args:
+        run: that is adapted.
+        file: a job file; at the least its [[sources]].
+        overrides: replace what the file says, such as `init={"embedding": "own"}`.
+
+    Raises:
+        ConfigError: the file does not describe a job.
+        StoreError: the run has no committed round.
+    """
+    from functools import partial
+
+    from dept_ray.jobfile import load_job
+    from dept_ray.rounds.changes import changed
+    from dept_ray.rounds.store import last_round, load_round
+    from dept_ray.study.adapt import adaptation
+
+    state, _ = load_round(run.folder, last_round(run.folder))
+    overrides["init"] = {**overrides.get("init", {}), "run": str(run.folder.absolute())}
+    return load_job(file, partial(adaptation, changed(run.job, state.changes)), **overrides)
+
+
 def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
     """One HTML page on a run, or on several side by side.
 
@@ -385,6 +442,23 @@ def prepare(job: Job, address: str | None = None, report: Report = silent, local
         prepare_text(job, kind, run_all, report)
     except OSError as err:
         raise StoreError(f"prepared text cannot be written under {job.folder} or a source's storage ({err})") from err
+    if job.init.embedding != "random":
+        from dept_ray.rounds.origin import fit_vocabulary
+
+        fit_vocabulary(job)
+
+
+def begun(job: Job) -> Job:
+    """The job once it has what it takes from another run (`rounds.origin`); most take nothing.
+
+    Raises:
+        ConfigError, StoreError: there is no such run, it does not fit, or it cannot be read.
+    """
+    if job.init.run is None:
+        return job
+    from dept_ray.rounds.origin import begin
+
+    return begin(job)
 
 
 def train_here(
@@ -407,6 +481,7 @@ def train_here(
     from dept_ray.rounds.store import RunStore
     from dept_ray.rounds.train import train
 
+    job = begun(job)
     store = RunStore(job)
     store.hold()
     prepare(job, report=report, local=True)

@@ -130,6 +130,8 @@ class SourceFields(Section):
     """|V_k| for `dept-ray plan` without data; prepared data always gives the true one."""
     tokens: Positive | None = None
     """Training tokens for `dept-ray plan` without data."""
+    held_out: bool = False
+    """Only scored, on its validation text: it trains neither the model nor a global tokenizer (a mixture only)."""
     joined: bool = False
     """Joined a run in progress (`dept-ray add` sets it): a global tokenizer was made without its text."""
 
@@ -325,6 +327,31 @@ class MixtureSection(Section):
     """tau: p_k proportional to n_k ** tau. 0 uniform, 1 proportional to size."""
 
 
+class InitSection(Section):
+    """`[init]`: another run that this one goes on from, instead of a body drawn from the seed (METHOD.md section 4)."""
+
+    run: str | None = None
+    """A run's folder, or its name under `folder`; None: all is drawn. What is taken is copied into the new run."""
+    round: Annotated[int, Field(gt=0)] | None = None
+    """Its committed round; None: the last."""
+    silo: Name | None = None
+    """Whose body, where bodies stay home and there are several (`isolated`)."""
+    embedding: Literal["random", "own", "overlap"] = "random"
+    """random: drawn from the seed, like any other. own: the run's, which must have a global vocabulary and the same
+    tokenizer as this job. overlap: rows of the tokens that the run's embeddings have, of all its silos, and what is in
+    none drawn like them (`silo.warmstart`); under SPEC this takes rows out of the silos, whose storage must be seen."""
+    frozen_body: bool = False
+    """Train the embedding alone."""
+    fingerprint: str | None = None
+    """Digest of what is taken; filled in when the run begins. Where it is set, nothing else is taken."""
+
+    @model_validator(mode="after")
+    def _needs_run(self) -> "InitSection":
+        if self.run is None and self.model_dump(exclude_defaults=True):
+            raise ValueError("init: nothing is taken from another run without init.run: name it, or remove the section")
+        return self
+
+
 class Job(Section):
     """One run: everything that `dept-ray train` needs to know."""
 
@@ -346,6 +373,7 @@ class Job(Section):
     faults: FaultsSection = FaultsSection()
     regions: RegionsSection = RegionsSection()
     mixture: MixtureSection = MixtureSection()
+    init: InitSection = InitSection()
     resources: Resources = Resources()
 
     @field_validator("method", mode="before")
@@ -366,8 +394,10 @@ class Job(Section):
                 f"inner.context = {self.inner.context} is longer than model.positions = {self.positions}: "
                 "lower the context or raise the positions"
             )
-        if self.rounds.choose is not None and self.rounds.choose > len(names):
-            raise ValueError(f"rounds.choose = {self.rounds.choose}, but there are only {len(names)} sources")
+        if not self.trained:
+            raise ValueError("sources: all are held_out, so that nobody would train: remove it from one of them")
+        if self.rounds.choose is not None and self.rounds.choose > len(self.trained):
+            raise ValueError(f"rounds.choose = {self.rounds.choose}, but there are only {len(self.trained)} sources")
         for wish in [self.resources, *(source.resources for source in self.sources if source.resources)]:
             self._check_shares(wish.processes)
         return self
@@ -383,6 +413,16 @@ class Job(Section):
         if micro is not None and batch // ranks % micro:
             share = f" / resources.ranks = {ranks}" if ranks > 1 else ""
             raise ValueError(f"inner.batch_size = {batch}{share} is not a multiple of inner.micro_batch = {micro}")
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Names of the sources that are trained on."""
+        return tuple(source.name for source in self.sources if not source.held_out)
+
+    @property
+    def held_out(self) -> tuple[str, ...]:
+        """Names of the sources that are only scored."""
+        return tuple(source.name for source in self.sources if source.held_out)
 
     @property
     def positions(self) -> int:
@@ -428,6 +468,7 @@ _HOUSEKEEPING: Any = {
     "rounds": {"keep", "score_every"},
     "faults": True,
     "regions": True,
+    "init": {"run"},  # what was taken from there is told by its fingerprint
     # Where files lie may change; what is in them may not: the fingerprint of the tokens is checked on its own.
     "sources": {"__all__": {"storage", "resources", "vocab_size", "tokens", "paths", "validation_paths"}},
 }

@@ -7,7 +7,7 @@ rich has that width wherever output is piped, and a figure that wraps is not rea
 import math
 import textwrap
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
 from rich import box
@@ -132,8 +132,14 @@ def _label(word: str, record: Record) -> str:
 
 
 def _bits(label: str, record: Record) -> str:
-    """Bits per byte: the mean and, where there are several sources, each: beside it, or in aligned columns below."""
-    bits = {source: f"{score['bits_per_byte']:.3f}" for source, score in record["scores"].items()}
+    """Bits per byte: the mean and, where there are several sources, each: beside it, or in aligned columns below.
+
+    A source with a star is held out: it is not in the mean.
+    """
+    bits = {
+        source + "*" * score.get("held_out", False): f"{score['bits_per_byte']:.3f}"
+        for source, score in record["scores"].items()
+    }
     first = f"{label:<{_INDENT}}{record['mean']['bits_per_byte']:.3f} bits/byte"
     if len(bits) < 2:
         return first
@@ -306,12 +312,36 @@ def score_table(record: Record, title: str) -> Table:
         "source", "nats/token", "perplexity", "bits/byte", "unigram\nbits/byte", "minus\nunigram", "tokens",
     )  # fmt: skip
     for source, s in record["scores"].items():
+        told = f"{source} (held out)" if s.get("held_out") else source
         table.add_row(
-            source, f"{s['loss']:.4f}", f"{s['perplexity']:.1f}", f"{s['bits_per_byte']:.4f}",
+            told, f"{s['loss']:.4f}", f"{s['perplexity']:.1f}", f"{s['bits_per_byte']:.4f}",
             f"{s['unigram_bits_per_byte']:.4f}", f"{s['normalised']:.4f}", human(s["tokens"]),
         )  # fmt: skip
     mean = record["mean"]
     table.add_section()
     table.add_row("mean", "", f"{mean['perplexity']:.1f}", f"{mean['bits_per_byte']:.4f}", style="bold")
     table.add_row("as one text", f"{mean['pooled_loss']:.4f}", "", f"{mean['pooled_bits_per_byte']:.4f}")
+    if aside := record.get("mean_held_out"):
+        table.add_row("mean of held out", "", f"{aside['perplexity']:.1f}", f"{aside['bits_per_byte']:.4f}")
+    return table
+
+
+def text_table(score: Record, unigram_bits: Mapping[str, float], cannot: Sequence[str], what: str) -> Table:
+    """One text under one source's model, and under every source's unigram model, by which the source was chosen.
+
+    Args:
+        score: source, and the figures of a record's `scores`.
+        unigram_bits: bits per byte by source, the least first.
+        cannot: sources that have no row for one of its tokens.
+        what: the text's name.
+    """
+    table = figure_table(what, "source", "unigram\nbits/byte", "model\nbits/byte", "perplexity", "tokens")
+    for source, bits in unigram_bits.items():
+        mine = source == score["source"]
+        figures = (
+            (f"{score['bits_per_byte']:.4f}", f"{score['perplexity']:.1f}", human(score["tokens"])) if mine else ()
+        )
+        table.add_row(source, f"{bits:.4f}", *figures, style="bold" if mine else None)
+    if cannot:
+        table.caption = f"no row for one of its tokens: {', '.join(cannot)}"
     return table

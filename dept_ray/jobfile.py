@@ -7,6 +7,7 @@ always with the key, the value and the remedy. What the keys are and mean is tol
 import json
 import tomllib
 import typing
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,17 @@ from dept_ray.config import FilesSource, HubSource, InstalledSource, Job
 from dept_ray.errors import ConfigError, nearest
 from dept_ray.messages import Change
 
+Fill = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+"""Of the values that a job file has, nested defaults for those that it leaves open."""
 
-def load_job(path: str | Path, **overrides: Any) -> Job:
-    """Read a job file; `overrides` replace top-level keys.
+
+def load_job(path: str | Path, fill: Fill = lambda values: {}, /, **overrides: Any) -> Job:
+    """Read a job file.
+
+    Args:
+        path: of the file.
+        fill: gives nested values for the keys that are still open.
+        overrides: replace what the file says, of a section only the keys that they name.
 
     Raises:
         ConfigError: the file is missing, is not TOML, or does not describe a job.
@@ -31,7 +40,17 @@ def load_job(path: str | Path, **overrides: Any) -> Job:
         raise ConfigError(f"job file {path} does not exist{near}") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as err:
         raise ConfigError(f"job file {path} is not readable TOML: {err}") from None
-    return parse_job({"name": path.stem, **values, **overrides}, where=str(path))
+    values = _filled(overrides, values)
+    return parse_job({"name": path.stem, **_filled(values, fill(values))}, where=str(path))
+
+
+def _filled(values: Mapping[str, Any], fill: Mapping[str, Any]) -> dict[str, Any]:
+    """Values, with those of `fill` where they have none."""
+    filled = {**fill, **values}
+    for key in values.keys() & fill.keys():
+        if isinstance(values[key], dict) and isinstance(fill[key], Mapping):
+            filled[key] = _filled(values[key], fill[key])
+    return filled
 
 
 def load_source(path: str | Path) -> Change:

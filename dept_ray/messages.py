@@ -39,7 +39,7 @@ class SiloCard:
     sources: tuple[str, ...]
     vocabulary_size: int
     train_tokens: dict[str, int]
-    """Training tokens per source."""
+    """Training tokens per source that it trains on."""
     owned_rows: np.ndarray | None = None
     """Sorted global ids (int64) of the rows this silo owns, or None where it shares none."""
     global_vocabulary_size: int = 0
@@ -202,6 +202,8 @@ class SiloSpec:
     """Of its GPU's memory that is its own: below 1 where silos share one."""
     ranks: int = 1
     """Processes that train it together."""
+    held_out: tuple[str, ...] = ()
+    """Sources that it only scores."""
 
 
 @dataclass(frozen=True)

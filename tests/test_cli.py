@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from tiny import tiny_job
+from tiny import document, tiny_job
 
 from dept_ray import __version__
 from dept_ray.cli import main
+from dept_ray.client import Run
 from dept_ray.jobfile import load_job
 from dept_ray.method_names import METHOD_NAMES
 from dept_ray.metrics import read_records
@@ -21,7 +22,8 @@ from dept_ray.study.plan_table import headline
 JOBS = Path(__file__).parents[1] / "jobs"
 PAPER_JOBS = sorted(path for path in JOBS.glob("*.toml") if path.name.startswith(("pile_", "mc4_")))
 COMMANDS = (
-    "demo", "prepare", "train", "status", "score", "generate", "export", "report", "plan", "pause", "submit", "region",
+    "demo", "prepare", "train", "adapt", "status", "score", "generate", "export", "report", "plan", "pause", "submit",
+    "region",
 )  # fmt: skip
 
 
@@ -107,7 +109,7 @@ def test_help_is_told_for_each_command():
 
 
 def test_the_methods_offered_are_those_there_are():
-    for command in ("demo", "prepare", "train", "plan", "submit"):
+    for command in ("demo", "prepare", "train", "adapt", "plan", "submit"):
         assert f"--method[{'|'.join(METHOD_NAMES)}]" in "".join(said(command, "--help").split())
 
 
@@ -238,7 +240,48 @@ def test_text_goes_on_from_the_prompt_and_hangs_on_the_seed(run):
     assert first.startswith("lorus ")
     assert said(*ask) == first
     assert said(*ask, "--seed", "1") != first
-    assert said("generate", run, "--tokens", "3"), "the first source, an empty prompt"
+
+
+def test_without_a_source_the_prompt_chooses_one_and_it_is_told_beside_the_text(run):
+    likest = dept_ray("generate", run, "--prompt", "lorus ", "--tokens", "20")
+    assert likest.stdout == said("generate", run, "--source", "latin", "--prompt", "lorus ", "--tokens", "20")
+    assert "source latin: its unigram model knows the text best (" in likest.stderr
+    first = dept_ray("generate", run, "--tokens", "3")
+    assert (first.exit_code, bool(first.stdout)) == (0, True)
+    assert "source code: the first, for there is no text to choose by" in first.stderr
+
+
+def test_a_text_is_scored_by_the_source_it_is_like_and_every_source_s_figure_is_told(run, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text(document("latin", 60), encoding="utf-8")
+    told = [line.split() for line in said("score", run, "--text", file).splitlines()]
+    rows = {line[0]: line[1:] for line in told if line and line[0] in ("code", "latin", "numbers")}
+    assert next(iter(rows)) == "latin"
+    assert [len(row) for row in rows.values()] == [4, 1, 1], "only the one that was chosen has a model's figures"
+    assert dept_ray("score", run, "--source", "latin").exit_code == 2
+    file.write_text("")
+    assert refused("score", run, "--text", file) == "ConfigError: the text to be scored is empty"
+    file.write_bytes(b"\xff")
+    assert "cannot be read as UTF-8 text" in refused("score", run, "--text", file)
+
+
+def test_a_run_is_adapted_with_the_paper_s_defaults_and_told_beside_another(run, tmp_path):
+    path = tmp_path / "one.toml"
+    source = load_job(run.parents[1] / "tiny.toml").sources[0].model_dump(mode="json", exclude_unset=True)
+    path.write_text("[[sources]]\n" + "\n".join(f"{key} = {json.dumps(value)}" for key, value in source.items()))
+    said("adapt", "--local", run, path, "--name", "first")
+    job = Run.open(run.parent / "first").job
+    assert (job.method, job.inner.lr, job.inner.local_steps, job.rounds.total) == ("std", 1e-2, 4, 1)
+    assert (job.init.run, job.init.round, job.init.embedding) == (str(run), 3, "random")
+    told = said("adapt", "--local", run, path, "--frozen-body", "--against", run.parent / "first")
+    lines = [line.rstrip() for line in told.splitlines()]
+    table = lines[lines.index("tiny-spec-adapted: how fast it learnt") :]
+    first = Run.open(run.parent / "first").history()
+    assert table[-1].split()[0] == "code"
+    assert f"{first[-1]['scores']['code']['bits_per_byte']:.4f}" in table[-1]
+    assert max(map(len, lines)) <= 80
+    message = refused("adapt", "--local", run, path, "--embedding", "own", "--name", "third")
+    assert message.startswith('ConfigError: init.embedding = "own"')
 
 
 def test_a_region_s_labels_have_values(tmp_path):

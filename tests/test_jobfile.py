@@ -54,7 +54,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(changes, words):
 
 
 def test_an_unknown_key_like_no_other_is_refused_with_all_names():
-    assert refused(values(zzzz=1))[0].startswith("zzzz: unknown key; known: faults, folder, inner, method,")
+    assert refused(values(zzzz=1))[0].startswith("zzzz: unknown key; known: faults, folder, init, inner, method,")
     assert refused(values(mixture={"zzzz": 1})) == ["mixture.zzzz: unknown key; known: temperature"]
 
 
@@ -176,6 +176,18 @@ def test_a_job_is_named_after_its_file_and_overridden_from_outside(tmp_path):
     path.write_text('method = "glob"\n[[sources]]\nname = "docs"\nkind = "installed"\ncollection = "docs"\n')
     assert (load_job(path).name, load_job(path).method) == ("mine", "glob")
     assert load_job(path, method="trim").method == "trim"
+
+
+def test_what_a_file_leaves_open_is_filled_and_what_it_says_stays(tmp_path):
+    path = tmp_path / "job.toml"
+    source = '[[sources]]\nname = "docs"\nkind = "installed"\ncollection = "docs"\n'
+    path.write_text(f'method = "glob"\n[inner]\nlr = 0.5\n{source}')
+    job = load_job(
+        path, lambda known: {"method": "std", "inner": {"lr": 1, "context": 64}, "seed": len(known["inner"])}
+    )
+    assert (job.method, job.inner.lr, job.inner.context, job.seed) == ("glob", 0.5, 64, 1)
+    job = load_job(path, lambda known: {"inner": {"lr": 1.0}}, inner={"context": 8})
+    assert (job.inner.lr, job.inner.context) == (0.5, 8)
 
 
 # Paths.

@@ -14,9 +14,11 @@ A record of event "round" has
     failed      attempts before this one that found no quorum: a list of {attempt, refused}; absent if none
     away        by silo: why it takes no part (dropped, set aside, or it could not be made)
     scores      by source, measured *before* this round's training: of the state after `round` - 1; absent if not due:
-                loss, perplexity, bits_per_byte, unigram_bits_per_byte, normalised, tokens, text_bytes
-    mean        of scores: bits_per_byte and perplexity (means over sources), pooled_bits_per_byte and pooled_loss
-                (all sources as one text)
+                loss, perplexity, bits_per_byte, unigram_bits_per_byte, normalised, tokens, text_bytes, held_out (true
+                where the source is only scored; else absent)
+    mean        of the scores of sources that are trained on: bits_per_byte and perplexity (means over sources),
+                pooled_bits_per_byte and pooled_loss (all sources as one text)
+    mean_held_out   the same of the others; absent where there are none
 
 A record of event "change" has run, round (the last one committed), time, `change` (what people asked for: see
 `messages.Change`), and `refused` where another change made it impossible. The last line of a finished run, of event
@@ -26,7 +28,7 @@ scores; where there are none at all, `mean` holds nan.
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -96,7 +98,7 @@ def round_record(
     if len(attempts) > 1:
         record["failed"] = [{"attempt": a.number, "refused": a.verdict.refused} for a in attempts[:-1]]
     scores = {source: score for update in updates.values() for source, score in update.scores.items()}
-    return {**record, **scores_record(scores)} if scores else record
+    return {**record, **scores_record(scores, job.held_out)} if scores else record
 
 
 def past_seconds(history: Sequence[Mapping[str, Any]], rounds: int = 20) -> list[float]:
@@ -114,31 +116,41 @@ def final_record(
 ) -> dict[str, Any]:
     """The record that closes a run."""
     about = {"event": "scores", "run": job.name, "round": round, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    return {**about, **scores_record(scores), "refused": dict(refused or {})}
+    return {**about, **scores_record(scores, job.held_out), "refused": dict(refused or {})}
 
 
-def scores_record(scores: Mapping[str, Score]) -> dict[str, Any]:
-    """`scores` and `mean` of a record."""
-    by_source = {
-        source: {
-            "loss": figures.loss(score),
-            "perplexity": figures.perplexity(score),
-            "bits_per_byte": figures.bits_per_byte(score),
-            "unigram_bits_per_byte": figures.unigram_bits_per_byte(score),
-            "normalised": figures.normalised(score),
-            "tokens": score.tokens,
-            "text_bytes": score.text_bytes,
-        }
-        for source, score in sorted(scores.items())
+def scores_record(scores: Mapping[str, Score], held_out: Collection[str] = ()) -> dict[str, Any]:
+    """`scores`, `mean` and `mean_held_out` of a record."""
+    by_source = {source: _figures(score) for source, score in sorted(scores.items())}
+    trained_on = [score for source, score in sorted(scores.items()) if source not in held_out]
+    record: dict[str, Any] = {"scores": by_source, "mean": _mean(trained_on)}
+    if aside := [source for source in by_source if source in held_out]:
+        for name in aside:
+            by_source[name]["held_out"] = True
+        record["mean_held_out"] = _mean([scores[name] for name in aside])
+    return record
+
+
+def _figures(score: Score) -> dict[str, Any]:
+    return {
+        "loss": figures.loss(score),
+        "perplexity": figures.perplexity(score),
+        "bits_per_byte": figures.bits_per_byte(score),
+        "unigram_bits_per_byte": figures.unigram_bits_per_byte(score),
+        "normalised": figures.normalised(score),
+        "tokens": score.tokens,
+        "text_bytes": score.text_bytes,
     }
-    pooled = figures.pooled(scores.values())
-    mean = {
-        "bits_per_byte": figures.macro(s["bits_per_byte"] for s in by_source.values()),
-        "perplexity": figures.macro(s["perplexity"] for s in by_source.values()),
+
+
+def _mean(scores: Sequence[Score]) -> dict[str, float]:
+    pooled = figures.pooled(scores)
+    return {
+        "bits_per_byte": figures.macro(map(figures.bits_per_byte, scores)),
+        "perplexity": figures.macro(map(figures.perplexity, scores)),
         "pooled_bits_per_byte": figures.bits_per_byte(pooled),
         "pooled_loss": figures.loss(pooled),
     }
-    return {"scores": by_source, "mean": mean}
 
 
 def payload_bytes(message: "RoundOrder | SiloUpdate") -> int:

@@ -73,7 +73,7 @@ def judge(job: Job, orders: Mapping[str, RoundOrder], answers: Mapping[str, Silo
     accepted, refused, sizes = dict[str, SiloUpdate](), dict[str, str](), dict[str, dict[str, Size]]()
     for name in sorted(orders):
         answer = answers.get(name)
-        reason = refusal(orders[name], answer) or _unaccounted(job, orders[name], answer)
+        reason = refusal(orders[name], answer, job.held_out) or _unaccounted(job, orders[name], answer)
         if reason is None and isinstance(answer, SiloUpdate):
             sizes[name] = {what: _size(delta) for what in SHARED if (delta := answer.delta(what)) is not None}
             reason = next((f"{what}: not finite" for what, size in sizes[name].items() if math.isnan(size.norm)), None)
@@ -87,8 +87,8 @@ def judge(job: Job, orders: Mapping[str, RoundOrder], answers: Mapping[str, Silo
     return Verdict(len(accepted) >= needed, accepted, refused)
 
 
-def refusal(order: RoundOrder, answer: "SiloUpdate | Exception | None") -> str | None:
-    """Why an answer does not count; None if it does."""
+def refusal(order: RoundOrder, answer: "SiloUpdate | Exception | None", held_out: Iterable[str] = ()) -> str | None:
+    """Why an answer does not count; None if it does. Sources that are `held_out` may be scored too."""
     if answer is None:
         return "no answer"
     if isinstance(answer, Exception):
@@ -97,7 +97,7 @@ def refusal(order: RoundOrder, answer: "SiloUpdate | Exception | None") -> str |
     given = (answer.run, answer.silo, answer.round, answer.life, answer.attempt, answer.fingerprint)
     if asked != given:
         return f"answers {given}, asked was {asked}"
-    if strange := answer.scores.keys() - order.position.keys():
+    if strange := answer.scores.keys() - order.position.keys() - set(held_out):
         return f"scores {', '.join(sorted(strange))}, which it does not train on"
     if not order.steps:
         return None

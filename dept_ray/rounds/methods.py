@@ -81,12 +81,17 @@ def silos_of(job: Job) -> dict[str, tuple[str, ...]]:
     """Silo name -> the sources it trains on: one silo per source, or one `mixture` of all.
 
     Raises:
-        ConfigError: a mixed method, and a source bears the mixture's name.
+        ConfigError: a mixed method, and a source bears the mixture's name; another one, and a source is held out.
     """
-    names = tuple(source.name for source in job.sources)
+    names = job.trained
     if not method_of(job).mixed:
+        if job.held_out:
+            raise ConfigError(
+                f'sources.{job.held_out[0]}.held_out = true: under method = "{job.method}" no silo has a vocabulary '
+                'for text that it does not train on; remove the source, or choose method = "std"'
+            )
         return {name: (name,) for name in names}
-    if MIXTURE in names:
+    if MIXTURE in names + job.held_out:
         raise ConfigError(
             f'sources: the name "{MIXTURE}" is the mixed silo\'s own under method = "{job.method}"; rename the source'
         )

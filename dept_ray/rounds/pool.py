@@ -108,8 +108,9 @@ def specs_of(job: Job, first: Job | None = None, cores: int | None = None) -> di
     ranks = {name: wish.processes for name, wish in wishes.items()}
     return {
         name: SiloSpec(
-            silo=name, sources=sources, vocabulary=method.vocabulary, share_body=method.share_body,
-            share_rows=method.share_rows != "none", reset_embedding=method.reset_embedding,
+            silo=name, sources=sources, held_out=job.held_out, vocabulary=method.vocabulary,
+            share_body=method.share_body, share_rows=method.share_rows != "none",
+            reset_embedding=method.reset_embedding,
             threads=max(1, threads // ranks[name]), gpu=wishes[name].num_gpus > 0,
             compile=compile_pays(first), gpu_part=min(1.0, wishes[name].num_gpus), ranks=ranks[name],
         )

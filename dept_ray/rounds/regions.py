@@ -53,7 +53,8 @@ def check_regions(job: Job) -> None:
     """Refuse what cannot be done between regions, before anything is spent; nothing, where all is in one place.
 
     Raises:
-        ConfigError: one silo draws from all sources, or a tokenizer would be trained on all of them.
+        ConfigError: one silo draws from all sources, a tokenizer would be trained on all of them, or a silo would have
+            to read what another run left.
     """
     if job.regions.mailbox is None:
         return
@@ -62,6 +63,12 @@ def check_regions(job: Job) -> None:
         raise ConfigError(
             f'regions.mailbox = "{job.regions.mailbox}": method = "{job.method}" trains one silo on the text of all '
             "sources, which would have to leave their regions; choose another method, or leave the mailbox out"
+        )
+    if job.init.run is not None and (job.init.embedding != "random" or not method.share_body):
+        raise ConfigError(
+            f'init.run = "{job.init.run}": behind a mailbox a silo cannot read what another run left on the '
+            'coordinator\'s disk; only a body that is shared comes to it, with its orders: set init.embedding = "random" '
+            "and choose a method that shares the body, or leave the mailbox out"
         )
     if method.vocabulary != "own" and job.tokenizer.kind in ("bpe", "unigram"):
         raise ConfigError(

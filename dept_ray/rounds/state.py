@@ -15,7 +15,7 @@ from dept_ray.config import Job
 from dept_ray.errors import SiloError
 from dept_ray.messages import Change, SiloCard, SiloUpdate
 from dept_ray.rounds.methods import Method, silos_of
-from dept_ray.silo.silo import fresh_body_vector, fresh_rows
+from dept_ray.silo.fresh import fresh_body, fresh_rows
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,10 @@ class RunState:
 
 
 def fresh_state(job: Job, method: Method, cards: dict[str, SiloCard]) -> RunState:
-    """The state before the first round: theta_0, phi_0 and psi_0 drawn from the seed."""
+    """The state before the first round: theta_0, phi_0 and psi_0 (`silo.fresh`)."""
     body = rows = None
     if method.share_body:
-        body = fresh_body_vector(job)
+        body = fresh_body(job)
     if method.share_rows != "none":
         rows = fresh_rows(job, shared_vocabulary(cards))
     silos = {name: SiloRecord(position=dict.fromkeys(sources, 0)) for name, sources in silos_of(job).items()}

@@ -295,6 +295,33 @@ def in_progress(folder: Path) -> dict[str, Any] | None:
             return {}
 
 
+def read_job(folder: Path) -> Job:
+    """The job of a run's folder, as the run began.
+
+    Raises:
+        StoreError: it cannot be read.
+    """
+    file = folder / "config.json"
+    try:
+        job = Job.model_validate(json.loads(file.read_text())["job"])
+    except (OSError, ValueError, KeyError) as err:
+        raise StoreError(f"{file} cannot be read ({err}): restore it") from None
+    # The folder may have been moved since: its data and snapshots came along.
+    return job.model_copy(update={"folder": str(folder.absolute().parents[1])})
+
+
+def last_round(folder: Path) -> int:
+    """Number of the last committed round in a run's folder.
+
+    Raises:
+        StoreError: there is none.
+    """
+    rounds = [int(path.parent.name) for path in (folder / "rounds").glob("*/manifest.json")]
+    if not rounds:
+        raise StoreError(f"run folder {folder} has no committed round yet: train first")
+    return max(rounds)
+
+
 def load_round(folder: Path, round: int) -> "tuple[RunState, dict[str, Any]]":
     """A committed round and its manifest.
 

@@ -153,19 +153,28 @@ def orders_for(
     bodies = {round: shared_body(state, round) for round in set(held.values())}  # an object for all who get the same
     every = job.rounds.score_every
     due = steps == 0 or (every > 0 and state.round % every == 0)
-    joined = {source.name for source in job.sources if source.joined}
+    frozen = _frozen_steps(job, state, steps)
     return {
         name: RoundOrder(
             run=job.name, silo=name, round=state.round, life=life, attempt=attempt,
             after=state.silos[name].snapshot, keep=tuple(round[name] for round in kept if name in round),
             position=state.silos[name].position, first_step=state.step, steps=steps, score=due, lr=job.inner.lr,
             total_steps=state.step + (job.rounds.total - state.round) * job.inner.local_steps,
-            frozen_steps=job.faults.newcomer_steps if name in joined and not state.silos[name].rounds else 0,
+            frozen_steps=frozen[name],
             fingerprint=fingerprint, codec=job.wire.codec, body=bodies[held[name]],
             rows=shared_rows(state, cards[name], held[name]),
         )
         for name in silos
     }  # fmt: skip
+
+
+def _frozen_steps(job: Job, state: RunState, steps: int) -> dict[str, int]:
+    """By silo, how long it trains its embedding alone: a newcomer at first, all where the job says so."""
+    joined = {source.name for source in job.sources if source.joined}
+    return {
+        name: steps if job.init.frozen_body else job.faults.newcomer_steps if name in joined and not silo.rounds else 0
+        for name, silo in state.silos.items()
+    }
 
 
 def _held(pool: SiloPool) -> dict[str, int]:

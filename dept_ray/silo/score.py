@@ -13,11 +13,10 @@ import torch
 from dept_ray.messages import Score
 from dept_ray.silo.hardware import Hardware
 from dept_ray.silo.model import IGNORED, LanguageModel
-from dept_ray.text.shards import Corpus
+from dept_ray.text.shards import Corpus, windows
 from dept_ray.text.tokenizer import Vocabulary
 
 
-@torch.no_grad()
 def score_corpus(
     model: LanguageModel, corpus: Corpus, vocabulary: Vocabulary, context: int, rows: int, hardware: Hardware
 ) -> Score:
@@ -33,12 +32,34 @@ def score_corpus(
     Returns:
         Sums over every predicted token of the split, end-of-text included.
     """
+    batches = corpus.validation.sweep(context, rows)
+    return _score(model, batches, corpus, vocabulary, corpus.validation.text_bytes, hardware)
+
+
+def score_text(
+    model: LanguageModel, text: str, corpus: Corpus, vocabulary: Vocabulary, context: int, rows: int, hardware: Hardware
+) -> Score:
+    """Cross-entropy of any text after a beginning, as `score_corpus`; its end is not predicted.
+
+    Raises:
+        VocabularyError: it holds a token that the vocabulary has not.
+    """
+    ids = [corpus.end_of_text, *corpus.tokenizer.encode(text, add_special_tokens=False).ids]
+    batches = windows(np.array(ids), context, rows)
+    return _score(model, batches, corpus, vocabulary, len(text.encode()), hardware)
+
+
+@torch.no_grad()
+def _score(
+    model: LanguageModel, batches: Iterable[tuple[np.ndarray, np.ndarray]], corpus: Corpus, vocabulary: Vocabulary,
+    text_bytes: int, hardware: Hardware,
+) -> Score:  # fmt: skip
     surprise = corpus.unigram_nats(vocabulary)
     nats = torch.zeros((), dtype=torch.float64, device=hardware.device)
     unigram, tokens = 0.0, 0
     was_training = model.training
     model.eval()
-    for inputs, targets in corpus.validation.sweep(context, rows):
+    for inputs, targets in batches:
         real = targets >= 0
         local = vocabulary.to_local(np.where(real, targets, corpus.end_of_text)).astype(np.int64)
         unigram += float(surprise[local[real]].sum())
@@ -48,7 +69,7 @@ def score_corpus(
         with torch.autocast(hardware.device_type, torch.bfloat16, enabled=hardware.autocast):
             nats += model.loss(x.to(hardware.device), y.to(hardware.device)).double()
     model.train(was_training)
-    return Score(float(nats), tokens, corpus.validation.text_bytes, unigram)
+    return Score(float(nats), tokens, text_bytes, unigram)
 
 
 def loss(score: Score) -> float:

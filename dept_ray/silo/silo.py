@@ -17,17 +17,17 @@ import numpy as np
 import torch
 
 from dept_ray.config import Job
-from dept_ray.draws import seed_for
 from dept_ray.errors import SiloError
 from dept_ray.messages import RoundOrder, Score, SiloCard, SiloSpec, SiloStatus, SiloUpdate
 from dept_ray.silo.crew import Ranks, Start, start_processes
 from dept_ray.silo.flops import flops_per_token
+from dept_ray.silo.fresh import drawn_embedding, fresh_body, fresh_embedding, fresh_rows
 from dept_ray.silo.hardware import choose_hardware
 from dept_ray.silo.inner import Schedule, Trained, make_optimizer, train_steps
 from dept_ray.silo.micro_batch import find_micro_batch
-from dept_ray.silo.model import Body, Embedding, LanguageModel, flatten_parameters, initialise, layout_of
+from dept_ray.silo.model import Body, Embedding, LanguageModel, flatten_parameters, layout_of
 from dept_ray.silo.optimizer import Optimizer
-from dept_ray.silo.score import score_corpus
+from dept_ray.silo.score import score_corpus, score_text
 from dept_ray.silo.snapshot import load_snapshot, prune_snapshots, save_snapshot, snapshot_name
 from dept_ray.silo.team import Team
 from dept_ray.silo.wire import Shared, Wire
@@ -46,47 +46,19 @@ def silo_folder(job: Job, silo: str) -> Path:
 
 
 def open_corpora(job: Job, spec: SiloSpec) -> dict[str, Corpus]:
-    """The prepared tokens of a silo's sources.
+    """The prepared tokens of a silo's sources, those that it trains on first.
 
     Raises:
         ShardError: a source is not prepared, or its shards were altered.
     """
     kind = "own" if spec.vocabulary == "own" else "global"
-    return {name: open_corpus(corpus_folder(job, name, kind)) for name in spec.sources}
+    return {name: open_corpus(corpus_folder(job, name, kind)) for name in (*spec.sources, *spec.held_out)}
 
 
 def vocabulary_of(spec: SiloSpec, corpora: dict[str, Corpus]) -> Vocabulary:
     """The rows of a silo: what its source uses, or everything."""
     corpus = next(iter(corpora.values()))
     return corpus.trimmed if spec.vocabulary == "trimmed" else corpus.vocabulary
-
-
-def fresh_body(job: Job) -> Body:
-    """theta_0: the same for every silo and the coordinator."""
-    body = Body(job.model)
-    initialise(body, torch.Generator().manual_seed(seed_for(job.seed, "body")))
-    return body
-
-
-def fresh_body_vector(job: Job) -> torch.Tensor:
-    """theta_0 as one flat vector, (n,) fp32 in the order of `Layout`."""
-    module = fresh_body(job)
-    named = dict(module.named_parameters())
-    return torch.cat([named[name].detach().flatten() for name in layout_of(job.model).names])  # pyright: ignore[reportArgumentType] - as below
-
-
-def fresh_rows(job: Job, vocabulary_size: int) -> torch.Tensor:
-    """phi_0 and psi_0 as they are shared: (V + L, D) fp32."""
-    embedding = fresh_embedding(job, vocabulary_size, "shared")
-    tables = [embedding.tokens, embedding.positions]
-    return torch.cat([table.detach() for table in tables if table is not None])
-
-
-def fresh_embedding(job: Job, size: int, *labels: str | int) -> Embedding:
-    """phi_0 and psi_0 of `size` rows, N(0, 0.02), drawn from labels (equation 5)."""
-    embedding = Embedding(size, job.model, job.positions)
-    initialise(embedding, torch.Generator().manual_seed(seed_for(job.seed, "embedding", *labels)))
-    return embedding
 
 
 class Silo:
@@ -130,7 +102,9 @@ class Silo:
         self._after: str | None = NOWHERE
         self._stop_at: tuple[int, int] | None = None
         self._ranks = Ranks(job, spec, start)
-        self._wire = Wire(spec.silo, {} if job.wire.codec == "fp32" else self._fresh_shared())
+        # What was taken from another run is not on every silo's machine: it comes with the first order.
+        draws = job.wire.codec != "fp32" and job.init.run is None
+        self._wire = Wire(spec.silo, self._fresh_shared() if draws else {})
         self._status = SiloStatus(spec.silo)
 
     # ------------------------------------------------------------------------------------ what others may ask
@@ -141,7 +115,7 @@ class Silo:
             silo=self.spec.silo,
             sources=self.spec.sources,
             vocabulary_size=self.vocabulary.size,
-            train_tokens={name: corpus.train.tokens for name, corpus in self.corpora.items()},
+            train_tokens={name: self.corpora[name].train.tokens for name in self.spec.sources},
             fingerprints={name: corpus.fingerprint for name, corpus in self.corpora.items()},
             owned_rows=self.vocabulary.ids if share else None,
             global_vocabulary_size=self.vocabulary.global_size if share else 0,
@@ -200,9 +174,9 @@ class Silo:
 
     def score(self) -> dict[str, Score]:
         """Validation of every source that has some, with the parameters as they are."""
-        rows = max(1, 8192 // self.job.inner.context)
+        context, rows = self.job.inner.context, self._rows_scored
         return {
-            name: score_corpus(self.model, corpus, self.vocabulary, self.job.inner.context, rows, self.hardware)
+            name: score_corpus(self.model, corpus, self.vocabulary, context, rows, self.hardware)
             for name, corpus in self.corpora.items()
             if corpus.validation.tokens
         }
@@ -227,6 +201,20 @@ class Silo:
         """Stop reading ahead, and let the other ranks go."""
         self.stream.close()
         self._ranks.close()
+
+    def score_text(self, source: str, text: str) -> Score:
+        """Any text as a source's tokenizer cuts it, with the parameters as they are.
+
+        Raises:
+            VocabularyError: it holds a token that a trimmed vocabulary has not.
+        """
+        context, rows = self.job.inner.context, self._rows_scored
+        return score_text(self.model, text, self.corpora[source], self.vocabulary, context, rows, self.hardware)
+
+    @property
+    def _rows_scored(self) -> int:
+        """Sequences per forward pass."""
+        return max(1, 8192 // self.job.inner.context)
 
     # ------------------------------------------------------------------------------------ the parts of obeying
     def _train(self, order: RoundOrder) -> Trained:
@@ -271,21 +259,14 @@ class Silo:
             return
         self._after = NOWHERE  # until all of it is read
         self._optimizer = self._new_optimizer()
-        self._wire.load({})
-        fresh_tokens = fresh_embedding(self.job, self.vocabulary.size, self.spec.silo)
-        with torch.no_grad():
-            self.model.embedding.load_state_dict(fresh_tokens.state_dict())
-            if not self.spec.share_body:
-                self.model.body.load_state_dict(fresh_body(self.job).state_dict())
-        if after is not None:
-            parts, _ = load_snapshot(silo_folder(self.job, self.spec.silo) / after)
-            if "embedding" in parts:
-                self.model.embedding.load_state_dict(parts["embedding"])
-            if "body" in parts:
-                self.body.copy_(parts["body"]["flat"])
-            if "optimizer" in parts:
-                self._load_moments(parts["optimizer"])
-            self._wire.load(parts.get("residual", {}))
+        parts = {} if after is None else load_snapshot(silo_folder(self.job, self.spec.silo) / after)[0]
+        if not self.spec.share_rows:
+            tables = parts.get("embedding") or fresh_embedding(self.job, self.vocabulary, self.spec.silo).state_dict()
+            self.model.embedding.load_state_dict(tables)
+        if not self.spec.share_body:
+            self.body.copy_(parts["body"]["flat"] if "body" in parts else fresh_body(self.job))
+        self._load_moments(parts.get("optimizer", {}))
+        self._wire.load(parts.get("residual", {}))
         self._after = after
 
     def _take(self, shared: Shared) -> None:
@@ -310,7 +291,7 @@ class Silo:
         """What is shared before the first round, as everybody draws it."""
         shared: Shared = {}
         if self.spec.share_body:
-            shared["body"] = fresh_body_vector(self.job).numpy()
+            shared["body"] = fresh_body(self.job).numpy()
         if self.spec.share_rows:
             rows = fresh_rows(self.job, self.vocabulary.global_size).numpy()
             shared["rows"] = rows[self.card().rows_of(len(rows))]
@@ -360,7 +341,7 @@ class Silo:
 
     def _draw_tokens(self, round: int) -> None:
         """Re-draw the token embedding and forget its moments (ACT)."""
-        drawn = fresh_embedding(self.job, self.vocabulary.size, self.spec.silo, round)
+        drawn = drawn_embedding(self.job, self.vocabulary.size, self.spec.silo, round)
         with torch.no_grad():
             self.model.embedding.tokens.copy_(drawn.tokens)
         self._optimizer.moments.pop("tokens", None)
@@ -384,7 +365,8 @@ class Silo:
     # ------------------------------------------------------------------------------------ the rest
     def _make_stream(self, read: Read) -> MixedStream:
         inner, seed = self.job.inner, self.job.seed
-        streams = {n: Stream(n, int(c.train.starts(inner.context)[-1]), seed) for n, c in self.corpora.items()}
+        trained = {n: self.corpora[n].train for n in self.spec.sources}
+        streams = {n: Stream(n, int(train.starts(inner.context)[-1]), seed) for n, train in trained.items()}
         for name, stream in streams.items():
             if stream.num_blocks < inner.batch_size:
                 raise SiloError(
@@ -393,7 +375,7 @@ class Silo:
                     "or give it more text"
                 )
         tau = self.job.mixture.temperature
-        weights = {n: self.job.source(n).weight * c.train.tokens**tau for n, c in self.corpora.items()}
+        weights = {n: self.job.source(n).weight * train.tokens**tau for n, train in trained.items()}
         return MixedStream(streams, weights, inner.batch_size, inner.context, seed, read)
 
     def _say(self, doing: str, order: RoundOrder, **more: float) -> None:

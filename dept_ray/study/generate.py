@@ -16,10 +16,9 @@ from dept_ray.draws import seed_for
 from dept_ray.errors import ConfigError, StoreError, VocabularyError
 from dept_ray.messages import Score
 from dept_ray.rounds.changes import changed
-from dept_ray.rounds.methods import silos_of
 from dept_ray.rounds.pool import specs_of
 from dept_ray.rounds.state import RunState
-from dept_ray.rounds.store import load_round
+from dept_ray.rounds.store import last_round, load_round
 from dept_ray.rounds.train import orders_for
 from dept_ray.silo.silo import Silo
 
@@ -30,20 +29,17 @@ def last_state(folder: Path) -> RunState:
     Raises:
         StoreError: there is none, or it cannot be read.
     """
-    rounds = sorted(int(path.parent.name) for path in (folder / "rounds").glob("*/manifest.json"))
-    if not rounds:
-        raise StoreError(f"run folder {folder} has no committed round yet: train first")
-    return load_round(folder, rounds[-1])[0]
+    return load_round(folder, last_round(folder))[0]
 
 
 def silo_of(job: Job, source: str) -> str:
-    """The silo that trains a source.
+    """The silo that trains a source, or scores it.
 
     Raises:
         ConfigError: the job has no such source.
     """
     job.source(source)
-    return next(silo for silo, sources in silos_of(job).items() if source in sources)
+    return next(name for name, silo in specs_of(job).items() if source in (*silo.sources, *silo.held_out))
 
 
 def load_silo(job: Job, state: RunState, silo: str) -> Silo:

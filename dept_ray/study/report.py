@@ -92,10 +92,8 @@ def _comparison(stories: Sequence[Story]) -> str:
     rows = []
     for source in sorted({source for worth in worths for source in worth}):
         values = [_bits(worth[source].score) if source in worth else None for worth in worths]
-        late = [
-            f" (after round {worth[source].round})" if source in worth and not worth[source].counts else ""
-            for worth in worths
-        ]
+        mine = [worth.get(source) for worth in worths]
+        late = [f" ({it.why_not}, after round {it.round})" if it and it.why_not else "" for it in mine]
         rows.append([source, *(cell + note for cell, note in zip(_marked(values), late, strict=True))])
     rows.append(["mean", *_marked([story.mean_worth() for story in stories])])
     parts = [
@@ -155,6 +153,11 @@ def _facts(story: Story) -> dict[str, str]:
         f"weight decay {inner.weight_decay:g}, moments {moments}, precision {inner.precision}",
         "seed": str(job.seed),
     }  # fmt: skip
+    if job.init.run is not None:
+        frozen = ", which stands still" if job.init.frozen_body else ""
+        facts["begins from"] = (
+            f"the body of round {job.init.round} of {job.init.run}{frozen}; {job.init.embedding} embedding"
+        )
     if method.share_body:
         facts["outer"] = f"lr {outer.eta:g}, momentum {outer.mu:g}; rows: lr {outer.rows_lr:g}, {outer.rows_momentum:g}"
     with contextlib.suppress(ConfigError):  # where nothing says how large the vocabulary is, nothing is planned
@@ -227,7 +230,7 @@ def _scores(stories: Sequence[Story]) -> str:
                 source, _figure(before, 4), _figure(_bits(score), 4), _figure(score.get("unigram_bits_per_byte"), 4),
                 _figure(score.get("loss"), 4), _figure(score.get("perplexity"), 2), _figure(score.get("normalised"), 4),
                 f"{score.get('tokens') or 0:,}", f"{score.get('text_bytes') or 0:,}",
-                f"{found.round}" + ("" if found.counts else ", away since"),
+                f"{found.round}" + (f", {found.why_not}" if found.why_not else ""),
             ])  # fmt: skip
         rows.append(["mean", "", _figure(story.mean_worth(), 4), *[""] * 7])
         head = ["source", "bits/byte before", "bits/byte", "unigram bits/byte", "nats/token", "perplexity",

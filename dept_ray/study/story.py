@@ -27,7 +27,12 @@ class Worth:
     score: dict[str, Any]
     """As the record has it: loss, bits_per_byte, ..."""
     counts: bool
-    """Whether it is in the mean: the source still takes part."""
+    """Whether it is in the mean: the source is trained on, and still takes part."""
+
+    @property
+    def why_not(self) -> str:
+        """Why it does not count; empty where it does."""
+        return "" if self.counts else "held out" if self.score.get("held_out") else "away since"
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,7 @@ class Story:
         """The latest validation of every source that was ever measured."""
         away = self.rounds[-1].get("away", {}) if self.rounds else {}
         return {
-            source: Worth(measured(record), score, source not in away)
+            source: Worth(measured(record), score, source not in away and not score.get("held_out"))
             for record in self.records
             for source, score in sorted(record.get("scores", {}).items())
         }

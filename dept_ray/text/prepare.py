@@ -110,7 +110,12 @@ def _sampled(job: Job) -> list[Source]:
     """Sources whose text is still needed to train the global tokenizer."""
     trained = job.tokenizer.kind in ("bpe", "unigram")
     missing = trained and not (global_tokenizer_folder(job) / "tokenizer.json").exists()
-    return [s for s in job.sources if not s.joined] if missing else []
+    return _behind_tokenizer(job) if missing else []
+
+
+def _behind_tokenizer(job: Job) -> list[Source]:
+    """Sources whose text a global tokenizer is trained on: those that were there from the start, to be trained on."""
+    return [s for s in job.sources if not s.joined and not s.held_out]
 
 
 def _shares(job: Job, sampled: list[Source]) -> list[int]:
@@ -146,7 +151,8 @@ def _check_same(job: Job, finished: list[Source], tokenizer: bytes) -> None:
 # ---------------------------------------------------------------------------------------------- where things are
 def text_key(source: Source) -> str:
     """Digest of all that decides a source's text."""
-    kept = source.model_dump(mode="json", exclude={"weight", "storage", "resources", "vocab_size", "tokens", "joined"})
+    of_no_text = {"weight", "storage", "resources", "vocab_size", "tokens", "held_out", "joined"}
+    kept = source.model_dump(mode="json", exclude=of_no_text)
     return digest(json.dumps(kept, sort_keys=True))
 
 
@@ -166,12 +172,8 @@ def _tokenizer_key(job: Job, texts: list[str]) -> str:
 
 def global_tokenizer_folder(job: Job) -> Path:
     """The tokenizer that all sources share."""
-    return (
-        Path(job.folder)
-        / "data"
-        / "tokenizers"
-        / _tokenizer_key(job, [text_key(s) for s in job.sources if not s.joined])
-    )
+    key = _tokenizer_key(job, [text_key(s) for s in _behind_tokenizer(job)])
+    return Path(job.folder) / "data" / "tokenizers" / key
 
 
 def corpus_folder(job: Job, name: str, kind: TokenizerKind) -> Path:

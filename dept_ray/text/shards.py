@@ -76,6 +76,22 @@ def write_atomically(path: Path, data: "np.ndarray | bytes") -> None:
         raise
 
 
+def windows(tokens: np.ndarray, context: int, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """All predictions of one stream of tokens (n,) once, in order, `rows` sequences at a time.
+
+    Yields:
+        (n, T) inputs and targets, int64; the last sequence is padded, its targets with -1.
+    """
+    for start in range(0, len(tokens) - 1, rows * context):
+        inputs = tokens[start : min(start + rows * context, len(tokens) - 1)].astype(np.int64)
+        targets = tokens[start + 1 : start + 1 + len(inputs)].astype(np.int64)
+        missing = -len(inputs) % context
+        yield (
+            np.pad(inputs, (0, missing)).reshape(-1, context),
+            np.pad(targets, (0, missing), constant_values=-1).reshape(-1, context),
+        )
+
+
 class Shards:
     """The files of one split, as blocks."""
 
@@ -125,15 +141,7 @@ class Shards:
             (n, T) inputs and targets, int64; the last sequence of a shard is padded, its targets with -1.
         """
         for shard in range(len(self.files)):
-            tokens = self.map(shard)
-            for start in range(0, len(tokens) - 1, rows * context):
-                inputs = tokens[start : min(start + rows * context, len(tokens) - 1)].astype(np.int64)
-                targets = tokens[start + 1 : start + 1 + len(inputs)].astype(np.int64)
-                missing = -len(inputs) % context
-                yield (
-                    np.pad(inputs, (0, missing)).reshape(-1, context),
-                    np.pad(targets, (0, missing), constant_values=-1).reshape(-1, context),
-                )
+            yield from windows(self.map(shard), context, rows)
 
     def verify(self) -> None:
         """Compare every file with the index.

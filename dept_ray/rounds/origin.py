@@ -1,0 +1,225 @@
+"""What a run takes from another before its first round (`[init]`, METHOD.md section 4): found, checked, copied.
+
+The copy in the new run's folder is what everybody reads (`silo.fresh`). A run that has committed a round needs the
+other no more; where that is still there and gives something else now, the job is another one, and its folder says so.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dept_ray.config import Job
+from dept_ray.draws import checksum, digest, seed_for
+from dept_ray.errors import ConfigError, DeptError, StoreError, VocabularyError, nearest
+from dept_ray.rounds.changes import changed
+from dept_ray.rounds.methods import method_of, silos_of
+from dept_ray.rounds.state import RunState
+from dept_ray.rounds.store import last_round, layout_fingerprint, load_round, read_job, run_folder
+from dept_ray.silo.fresh import origin_folder
+from dept_ray.silo.silo import silo_folder
+from dept_ray.silo.snapshot import Parts, load_snapshot, save_snapshot
+from dept_ray.silo.warmstart import Table, overlapping_rows
+from dept_ray.text.prepare import corpus_folder
+from dept_ray.text.shards import open_corpus
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What was found in another run."""
+
+    parts: Parts
+    """`body`: {flat: (n,)}; with its own embedding, `embedding`: {tokens: (V, D), positions: (L, D)}; where tokens
+    overlap, the like of each silo whose rows are taken."""
+    about: dict[str, Any]
+    """run, round, silo and fingerprint as `[init]` has them; of its own embedding, tokenizer: digest and place; of
+    those that overlap, pieces: the tokens of their rows."""
+
+
+def begin(job: Job) -> Job:
+    """A job whose `[init]` says exactly what it begins from; that lies in its run's folder when this returns.
+
+    Raises:
+        ConfigError: there is no such run or silo, or its model is another.
+        StoreError: it has no committed round, or one of its files, or of the copy, is missing or altered.
+    """
+    if job.init.run is None:
+        return job
+    folder = origin_folder(job)
+    begun = (folder / "state.json").exists() and any((run_folder(job) / "rounds").glob("*/manifest.json"))
+    try:
+        origin = find(job)
+    except DeptError:  # it went on and pruned that round, was moved, or deleted
+        if not begun:
+            raise
+        about = load_snapshot(folder)[1]
+    else:
+        about = origin.about
+        if not begun:
+            save_snapshot(folder, origin.parts, about)
+    taken = {key: about[key] for key in ("run", "round", "silo", "fingerprint")}
+    return job.model_copy(update={"init": job.init.model_copy(update=taken)})
+
+
+def find(job: Job) -> Origin:
+    """What `[init]` asks for.
+
+    Raises:
+        ConfigError, StoreError: as `begin`.
+    """
+    folder = _folder(job)
+    there = read_job(folder)
+    state, manifest = load_round(folder, job.init.round or last_round(folder))
+    there = changed(there, state.changes)
+    _check_model(job, there, manifest["layout"])
+    silo = _silo(job, there, state)
+    home = _home(there, state, silo) if silo else {}
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    parts["body"] = {"flat": state.body if state.body is not None else home["body"]["flat"]}
+    about: dict[str, Any] = {"run": str(folder), "round": state.round, "silo": silo}
+    if job.init.embedding == "own":
+        parts["embedding"] = _tables(state, there) if state.rows is not None else home["embedding"]
+        about["tokenizer"] = {"file": str(tokenizer_file(there)), "digest": _digest_of(tokenizer_file(there))}
+    elif job.init.embedding == "overlap":
+        whose = [silo] if silo else [None] if state.rows is not None else _trained(state)
+        about["pieces"] = {}
+        for name in whose:
+            tables = _tables(state, there) if state.rows is not None else _home(there, state, str(name))["embedding"]
+            parts[f"of-{name or 'all'}"] = tables
+            about["pieces"][f"of-{name or 'all'}"] = _pieces(there, name)
+    seen = [checksum(parts[part][name].numpy()) for part in sorted(parts) for name in sorted(parts[part])]
+    about["fingerprint"] = fingerprint = digest(*seen)
+    if job.init.fingerprint not in (None, fingerprint):
+        raise ConfigError(
+            f"init.fingerprint = {job.init.fingerprint!r}: round {state.round} of {folder} is {fingerprint!r}: it was "
+            "trained again since; remove the key to begin from what is there now"
+        )
+    return Origin(parts, about)
+
+
+def fit_vocabulary(job: Job) -> None:
+    """Make the embedding that was taken one of the prepared text's vocabulary; before the run has begun, nothing.
+
+    Raises:
+        VocabularyError: it is to be the run's own, whose tokenizer differs: a row would mean two things.
+    """
+    folder = origin_folder(job)
+    if job.init.embedding == "random" or not (folder / "state.json").exists():
+        return
+    parts, about = load_snapshot(folder)
+    if job.init.embedding == "overlap":
+        if "embedding" not in parts:
+            save_snapshot(folder, {**parts, "embedding": _overlapping(job, parts, about["pieces"])}, about)
+        return
+    theirs = about["tokenizer"]
+    if _digest_of(tokenizer_file(job)) != theirs["digest"]:
+        raise VocabularyError(
+            f'init.embedding = "own": the tokenizer of {job.init.run} is not the one that this job\'s text was '
+            f'prepared with: set tokenizer.kind = "file" and tokenizer.name = "{theirs["file"]}", '
+            'or init.embedding = "random"'
+        )
+
+
+def tokenizer_file(job: Job) -> Path:
+    """The global tokenizer that a job's text is, or will be, prepared with."""
+    return corpus_folder(job, job.trained[0], "global") / "tokenizer.json"
+
+
+# ------------------------------------------------------------------------------------------------ finding
+def _folder(job: Job) -> Path:
+    run = str(job.init.run)
+    runs = Path(job.folder) / "runs"
+    for folder in (Path(run), runs / run):
+        if (folder / "config.json").exists():
+            if folder.resolve() == run_folder(job).resolve():
+                raise ConfigError(f"init.run = {run!r} is this job's own run: give the job another `name`")
+            return folder.absolute()
+    known = sorted(path.parent.name for path in runs.glob("*/config.json"))
+    raise ConfigError(f"init.run = {run!r}: neither a run's folder nor a name under {runs}{nearest(run, known)}")
+
+
+def _check_model(job: Job, there: Job, layout: str) -> None:
+    ours, theirs = job.model.model_dump(), there.model.model_dump()
+    ours |= {"mlp_width": job.model.hidden, "positions": job.positions}
+    theirs |= {"mlp_width": there.model.hidden, "positions": there.positions}
+    if job.init.embedding == "random" or job.model.arch == "llama":  # their table is not taken, or there is none
+        theirs["positions"] = ours["positions"]
+    differs = [f"model.{key} = {ours[key]!r}, there {theirs[key]!r}" for key in ours if ours[key] != theirs[key]]
+    if differs:
+        raise ConfigError(f"init.run = {job.init.run!r} has another model ({'; '.join(differs)}): copy its [model]")
+    if layout != layout_fingerprint(job):
+        raise ConfigError(
+            f"init.run = {job.init.run!r} was written by a version that orders the body's parameters otherwise: "
+            "adapt it with that version"
+        )
+
+
+def _silo(job: Job, there: Job, state: RunState) -> str | None:
+    """Whose snapshot holds what is asked for; None: it is shared, so nobody's."""
+    method, own, asked = method_of(there), job.init.embedding == "own", job.init.silo
+    if own and method.share_rows == "none" and method.vocabulary != "global":
+        raise ConfigError(
+            f'init.embedding = "own": under method = "{there.method}" run {there.name} has no embedding of a global '
+            'vocabulary; set init.embedding = "random"'
+        )
+    if job.init.embedding != "random" and method_of(job).vocabulary == "own":
+        raise ConfigError(
+            f'init.embedding = "{job.init.embedding}": under method = "{job.method}" this job makes tokenizers '
+            'of its own, and their rows mean other tokens; set init.embedding = "random", or choose method = "std"'
+        )
+    if method.share_body and not (own and method.share_rows == "none"):
+        if asked is not None:
+            raise ConfigError(f"init.silo = {asked!r}: all silos of run {there.name} share what is taken; remove it")
+        return None
+    trained = _trained(state)
+    if asked is None and len(trained) == 1:
+        return trained[0]
+    if asked not in trained:
+        why = "needed, for each silo has a body of its own" if asked is None else "no such silo has trained"
+        raise ConfigError(f"init.silo = {asked!r}: {why}; known: {', '.join(trained)}")
+    return asked
+
+
+def _trained(state: RunState) -> list[str]:
+    return sorted(name for name, silo in state.silos.items() if silo.snapshot)
+
+
+def _home(there: Job, state: RunState, silo: str) -> dict[str, dict[str, torch.Tensor]]:
+    """What a silo keeps at home."""
+    return load_snapshot(silo_folder(there, silo) / str(state.silos[silo].snapshot))[0]
+
+
+def _pieces(there: Job, silo: str | None) -> list[str]:
+    """The tokens of a silo's rows (None: of the shared ones), in the order of the rows."""
+    vocabulary = method_of(there).vocabulary if silo else "global"
+    source = there.trained[0] if silo is None else silos_of(there)[silo][0]
+    corpus = open_corpus(corpus_folder(there, source, "own" if vocabulary == "own" else "global"), verify=False)
+    rows = corpus.trimmed if vocabulary == "trimmed" else corpus.vocabulary
+    tokenizer = corpus.tokenizer
+    return [tokenizer.id_to_token(int(id)) or "" for id in rows.to_global(np.arange(rows.size))]
+
+
+def _overlapping(job: Job, parts: Parts, pieces: dict[str, list[str]]) -> dict[str, torch.Tensor]:
+    """The embedding of this job's global vocabulary; its positions are those of the first table."""
+    corpus = open_corpus(corpus_folder(job, job.trained[0], "global"), verify=False)
+    tokenizer = corpus.tokenizer
+    mine = [tokenizer.id_to_token(id) or "" for id in range(corpus.vocabulary.size)]
+    tables = [Table(tuple(pieces[name]), parts[name]["tokens"]) for name in sorted(pieces)]
+    generator = torch.Generator().manual_seed(seed_for(job.seed, "overlap"))
+    return {**parts[min(pieces)], "tokens": overlapping_rows(mine, tables, generator)}
+
+
+def _tables(state: RunState, there: Job) -> dict[str, torch.Tensor]:
+    assert state.rows is not None
+    learned = there.positions if there.model.arch == "gpt2" else 0
+    tokens = state.rows[: len(state.rows) - learned]
+    return {"tokens": tokens, "positions": state.rows[len(tokens) :]} if learned else {"tokens": tokens}
+
+
+def _digest_of(file: Path) -> str:
+    try:
+        return digest(file.read_bytes())
+    except OSError as err:
+        raise StoreError(f"tokenizer {file} cannot be read ({err}): restore it, or prepare its text again") from None

@@ -1,0 +1,48 @@
+"""Continued pre-training (METHOD.md section 4): what a job that adapts a run takes from it where its file is silent.
+
+An adaptation is a run like any other, of the same trainer, that begins from another run's body (`[init]`). Here stand
+only its defaults: the same model, one silo on the mixture of all sources with a global vocabulary, a fifth of the
+steps, the peak learning rate of the run for a random embedding and half of it for its own.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from dept_ray.config import Job
+from dept_ray.rounds.origin import tokenizer_file
+
+SHARE_OF_STEPS = 0.2
+"""About so many of the steps of pre-training."""
+
+
+def adaptation(run: Job, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values for the keys that a job file leaves open.
+
+    Args:
+        run: the job of the run that is adapted, in force after its last round.
+        values: of the job file.
+    """
+    own = values.get("init", {}).get("embedding") == "own"
+    steps = values.get("inner", {}).get("local_steps", run.inner.local_steps)
+    return {
+        "name": f"{run.name}-adapted",
+        "folder": run.folder,
+        "method": "std",
+        "model": {**run.model.model_dump(exclude_none=True), "positions": run.positions},
+        "tokenizer": _tokenizer(run, own) if "kind" not in values.get("tokenizer", {}) else {},
+        "inner": {
+            "lr": run.inner.lr / 2 if own else run.inner.lr,
+            "local_steps": steps,
+            "batch_size": run.inner.batch_size,
+            "context": run.inner.context,
+        },
+        "rounds": {"total": math.ceil(SHARE_OF_STEPS * run.total_steps / steps)},
+    }
+
+
+def _tokenizer(run: Job, own: bool) -> dict[str, Any]:
+    """The run's very own, whatever the sources, where rows are to keep their meaning; else one made in the same way."""
+    if own:
+        return {"kind": "file", "name": str(tokenizer_file(run))}
+    return run.tokenizer.model_dump(exclude={"vocabulary", "global_vocab_size"}, exclude_none=True)
