@@ -67,7 +67,7 @@ def check_regions(job: Job) -> None:
     if job.init.run is not None and (job.init.embedding != "random" or not method.share_body):
         raise ConfigError(
             f'init.run = "{job.init.run}": behind a mailbox a silo cannot read what another run left on the '
-            'coordinator\'s disk; only a body that is shared comes to it, with its orders: set init.embedding = "random" '
+            'coordinator\'s disk; only a shared body comes to it, with its orders: set init.embedding = "random" '
             "and choose a method that shares the body, or leave the mailbox out"
         )
     if method.vocabulary != "own" and job.tokenizer.kind in ("bpe", "unigram"):
