@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dept_ray import __version__, cli_jobs, cli_live
+from dept_ray import __version__, cli_jobs, cli_live, cli_region
 from dept_ray.errors import ConfigError, DeptError
 from dept_ray.method_names import METHOD_NAMES
 
@@ -40,7 +40,7 @@ def main() -> None:
     """Pre-train one language model on sources that do not belong together (DEPT, arXiv 2410.05021)."""
 
 
-for command in (*cli_live.COMMANDS, cli_jobs.submit):
+for command in (*cli_live.COMMANDS, cli_jobs.submit, cli_region.region):
     main.add_command(command)
 
 
@@ -73,7 +73,8 @@ def prepare(job_file: str, address: str | None, local: bool, method: str | None,
     job = _load(job_file, method, folder)
     with _preparing(console) as report:
         prepare_text(job, address, report, local)
-    console.print(f"{job.name}: {len(job.sources)} sources are prepared")
+    where = "will be prepared by their regions" if job.regions.mailbox else "are prepared"
+    console.print(f"{job.name}: {len(job.sources)} sources {where}")
 
 
 @main.command()

@@ -54,11 +54,13 @@ class Run:
             DataError: the text cannot be prepared.
             WrongRunError: the run folder belongs to another job.
         """
-        from dept_ray.on_ray.cluster import check_room, connect
+        from dept_ray.on_ray.cluster import check_lasting, connect
         from dept_ray.on_ray.launch import Coordinator
         from dept_ray.rounds.methods import silos_of
+        from dept_ray.rounds.regions import check_regions
         from dept_ray.rounds.store import RunStore, in_progress
 
+        check_regions(job)
         job = begun(job)
         store = RunStore(job)  # refuses another job's folder before anything is spent
         if (where := in_progress(store.folder)) is not None:
@@ -67,7 +69,7 @@ class Run:
                 "or give this job another `name`"
             )
         connect(address, silos=len(silos_of(job)), outlive=detach)
-        check_room(job)
+        check_lasting(job)
         prepare(job, address, report)
         return cls(job, store.folder, Coordinator.start(job, detach))
 

@@ -299,6 +299,27 @@ class FaultsSection(Section):
         return self
 
 
+class RegionsSection(Section):
+    """`[regions]`: silos behind the walls of other regions, each on a Ray cluster of its own."""
+
+    mailbox: str | None = None
+    """Where orders and updates are files: s3://bucket/prefix, gs://bucket/prefix, or a folder that all see, of this
+    job alone. Each silo lives where a `dept-ray region` bears its labels. None: all silos are on one cluster."""
+    look_every_s: Annotated[float, Field(gt=0)] = 2.0
+    """Seconds between two looks into the mailbox. On a bucket each costs a few requests per region."""
+    silent_s: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds without a sign of life after which a region is cut off: its silos are not there until it is back."""
+
+    @model_validator(mode="after")
+    def _looks_before_it_despairs(self) -> "RegionsSection":
+        if self.silent_s <= 3 * self.look_every_s:
+            raise ValueError(
+                f"regions.silent_s = {self.silent_s:g} must be more than three times regions.look_every_s = "
+                f"{self.look_every_s:g}: raise the one or lower the other"
+            )
+        return self
+
+
 class MixtureSection(Section):
     """`[mixture]`: how one silo draws from all sources (STD and ACT)."""
 
@@ -350,6 +371,7 @@ class Job(Section):
     wire: WireSection = WireSection()
     rounds: RoundsSection = RoundsSection()
     faults: FaultsSection = FaultsSection()
+    regions: RegionsSection = RegionsSection()
     mixture: MixtureSection = MixtureSection()
     init: InitSection = InitSection()
     resources: Resources = Resources()
@@ -445,6 +467,7 @@ _HOUSEKEEPING: Any = {
     "tokenizer": {"global_vocab_size"},
     "rounds": {"keep", "score_every"},
     "faults": True,
+    "regions": True,
     "init": {"run"},  # what was taken from there is told by its fingerprint
     # Where files lie may change; what is in them may not: the fingerprint of the tokens is checked on its own.
     "sources": {"__all__": {"storage", "resources", "vocab_size", "tokens", "paths", "validation_paths"}},

@@ -26,6 +26,7 @@ def train_here(
         The run's last state.
     """
     from dept_ray.rounds.control import Control
+    from dept_ray.rounds.mailbox import MailboxPool
     from dept_ray.rounds.pool import LocalPool
     from dept_ray.rounds.store import RunStore
     from dept_ray.rounds.train import train
@@ -34,7 +35,7 @@ def train_here(
     store = RunStore(job)
     store.hold()
     prepare(job, report=report, local=True)
-    board, pool = TensorBoard(store.folder / "tensorboard"), LocalPool()
+    board, pool = TensorBoard(store.folder / "tensorboard"), MailboxPool() if job.regions.mailbox else LocalPool()
     try:
         return train(job, pool, store, Log(JsonLines(store.metrics), board, log), control or Control())
     finally:

@@ -98,6 +98,8 @@ def parse_job(values: dict[str, Any], where: str = "job") -> Job:
             changes["validation_paths"] = tuple(map(_absolute, source.validation_paths))
         sources.append(source.model_copy(update=changes))
     changes = {"folder": _absolute(job.folder), "sources": tuple(sources)}
+    if job.regions.mailbox is not None:
+        changes["regions"] = job.regions.model_copy(update={"mailbox": _absolute(job.regions.mailbox)})
     if job.tokenizer.kind == "file" and job.tokenizer.name:
         changes["tokenizer"] = job.tokenizer.model_copy(update={"name": _absolute(job.tokenizer.name)})
     return job.model_copy(update=changes)

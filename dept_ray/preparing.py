@@ -15,15 +15,20 @@ def silent(stage: str, done: int, of: int) -> None:
 
 
 def prepare(job: Job, address: str | None = None, report: Report = silent, local: bool = False) -> None:
-    """Raw text to shards, where that is due: on Ray Data, or in this process.
+    """Raw text to shards, where that is due: on Ray Data, or in this process. Behind a mailbox each region does it.
 
     Raises:
+        ConfigError: it cannot be prepared region by region.
         DataError: the text cannot be prepared.
     """
     from dept_ray.rounds.methods import method_of
+    from dept_ray.rounds.regions import check_regions
     from dept_ray.text.prepare import prepare as prepare_text
     from dept_ray.text.prepare import run_here
 
+    check_regions(job)
+    if job.regions.mailbox:
+        return
     kind = "own" if method_of(job).vocabulary == "own" else "global"
     run_all = run_here
     if not local:

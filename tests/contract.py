@@ -20,7 +20,7 @@ from ordeals import NEWCOMER, compare, newcomer, smallest
 
 from dept_ray.config import Job
 from dept_ray.errors import SiloError
-from dept_ray.messages import Change
+from dept_ray.messages import Change, RoundOrder, SiloUpdate
 from dept_ray.metrics import JsonLines, Log, read_records
 from dept_ray.rounds.control import Control
 from dept_ray.rounds.pool import LocalPool, SiloPool
@@ -39,19 +39,25 @@ def endure_once(
     harness: Harness, job: Job, plan: Mapping[Moment, str], asks: Mapping[int, list[Change]] | None = None,
     notes: Path | None = None, stop_after: int | None = None,
 ) -> Ordeal:  # fmt: skip
-    """One life of a run; `asks` are changes by the number of committed rounds."""
+    """One life of a run; `asks` are changes by the number of rounds after which they are to be true.
+
+    They are asked while the last of these trains: a pool that is remote has no round on record by then.
+    """
     notes = notes or Path(job.folder) / "notes"
     pool, control, store, asks = harness.make(plan, notes), Control(), RunStore(job), asks or {}
+    train_round = pool.run_round
 
-    def watch(record: dict[str, Any]) -> None:
-        if record["event"] == "round":
-            for change in asks.get(record["round"], []):
+    def run_round(orders: Mapping[str, RoundOrder], *more: Any) -> dict[str, SiloUpdate | Exception]:
+        for rounds in {order.round + 1 for order in orders.values() if order.attempt == 0}:
+            for change in asks.get(rounds, []):
                 control.change(change)
-            if record["round"] == stop_after:
+            if rounds == stop_after:
                 control.stop()
+        return train_round(orders, *more)
 
+    pool.run_round = run_round
     try:
-        state = train(job, pool, store, Log(JsonLines(store.metrics), watch), control)
+        state = train(job, pool, store, Log(JsonLines(store.metrics)), control)
     finally:
         pool.close()
     lost = {moment: FAULTS[fault] for moment, fault in plan.items() if FAULTS[fault]}

@@ -23,6 +23,7 @@ JOBS = Path(__file__).parents[1] / "jobs"
 PAPER_JOBS = sorted(path for path in JOBS.glob("*.toml") if path.name.startswith(("pile_", "mc4_")))
 COMMANDS = (
     "demo", "prepare", "train", "adapt", "status", "score", "generate", "export", "report", "plan", "pause", "submit",
+    "region",
 )  # fmt: skip
 
 
@@ -222,7 +223,7 @@ def test_the_status_of_a_run_that_is_over(run, monkeypatch):
     assert final < title
     assert [line.split()[0] for line in lines[-4:-1]] == ["code", "latin", "numbers"]
     assert lines[-1].startswith("while they trained: ")
-    assert lines[-1].endswith("FLOP/s")
+    assert lines[-1].rstrip().endswith("FLOP/s")
     assert said("status", run).splitlines() == lines, "by name and by folder"
 
 
@@ -283,3 +284,9 @@ def test_a_run_is_adapted_with_the_paper_s_defaults_and_told_beside_another(run,
     assert max(map(len, lines)) <= 80
     message = refused("adapt", "--local", run, path, "--embedding", "own", "--name", "third")
     assert message.startswith('ConfigError: init.embedding = "own"')
+
+
+def test_a_region_s_labels_have_values(tmp_path):
+    result = dept_ray("region", "--mailbox", tmp_path, "--labels", "region=eu,spot")
+    assert result.exit_code == 2
+    assert "'spot' has no value; write region=eu,market=spot" in result.stderr

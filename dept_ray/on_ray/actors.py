@@ -88,10 +88,11 @@ class CoordinatorActor:
 
     def __init__(self, job: str, cores: int, leave: bool = False) -> None:
         from dept_ray.on_ray.pool import RayPool
+        from dept_ray.rounds.mailbox import MailboxPool
 
         self.job, self.leave = Job.model_validate_json(job), leave
         again = ray.get_runtime_context().was_current_actor_reconstructed
-        self.control, self.pool = Control(bool(again)), RayPool(cores)
+        self.control, self.pool = Control(bool(again)), MailboxPool() if self.job.regions.mailbox else RayPool(cores)
         self.phase, self.error = "starting", ""
         self.records: list[Record] = []
         self._asked_for: tuple[list[Change], Job] = ([], self.job)

@@ -162,10 +162,12 @@ def text_folder(job: Job, source: Source) -> Path:
 
 
 def _tokenizer_key(job: Job, texts: list[str]) -> str:
+    """Digest of all that decides a tokenizer: of one that is trained its texts too, of one that exists what it is."""
     kept = job.tokenizer.model_dump(mode="json", exclude={"vocabulary", "global_vocab_size"})
     file = Path(job.tokenizer.name or "") if job.tokenizer.kind == "file" else None
     content = [file.read_bytes()] if file is not None and file.is_file() else []
-    return digest(json.dumps(kept, sort_keys=True), *texts, *content)
+    trained = texts if job.tokenizer.kind in ("bpe", "unigram") else []
+    return digest(json.dumps(kept, sort_keys=True), *trained, *content)
 
 
 def global_tokenizer_folder(job: Job) -> Path:

@@ -1,0 +1,132 @@
+"""Two Ray clusters as regions, a third that only coordinates, and nothing between them but letters in an S3 bucket."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults import relive
+from head import REPOSITORY, below
+from nodes import until
+from ordeals import lost_of, same_ledger, same_state, smallest
+from proxy import through
+from s3 import s3_server, uri
+from test_coordinator import ordeal_of
+from tiny import write_texts
+
+from dept_ray.client import Run
+from dept_ray.config import Job
+from dept_ray.rounds.letters import Mailbox
+from dept_ray.rounds.mailbox import RUN
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+REGIONS = {"code": "us", "latin": "us", "numbers": "eu"}
+PACE: dict[str, Any] = {
+    "inner": {"local_steps": 100}, "rounds": {"total": 500, "keep": 2},
+    "faults": {"quorum": 0.3, "attempts": 99, "failures": 99, "patience_s": 1, "start_timeout_s": 300},
+}  # fmt: skip
+
+
+class Region:
+    """A `dept-ray region` with a Ray of its own."""
+
+    def __init__(self, name: str, mailbox: str, log: Path) -> None:
+        self.words = ["region", "--mailbox", mailbox, "--labels", f"region={name}", "--leave"]
+        self.log = log
+        self.start()
+
+    def start(self) -> None:
+        with open(self.log, "a") as log:
+            kept = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "dept_ray", *self.words], env=kept | {"PYTHONPATH": str(REPOSITORY)},
+                cwd=self.log.parent, stdout=log, stderr=log,
+            )  # fmt: skip
+
+    def kill(self) -> None:
+        """The whole region: its agent, its silos, its Ray."""
+        for pid in [self.process.pid, *below(self.process.pid)]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@contextmanager
+def regions(us: str, eu: str, folder: Path) -> Iterator[dict[str, Region]]:
+    started = {"us": Region("us", us, folder / "us.log"), "eu": Region("eu", eu, folder / "eu.log")}
+    try:
+        yield started
+    finally:
+        for region in started.values():
+            region.kill()
+
+
+def mailed(prepared: Path, folder: Path, mailbox: str) -> Job:
+    """Each source's text and snapshots stay in its region's own folder; the coordinator's has neither."""
+    folder.mkdir(exist_ok=True)
+    sources = [
+        {**table, "storage": str(folder / name), "resources": {"labels": {"region": name}}}
+        for table in write_texts(prepared / "text")
+        for name in (REGIONS[table["name"]],)
+    ]
+    settings = {"mailbox": mailbox, "look_every_s": 0.3, "silent_s": 6.0}
+    return smallest(prepared, folder / "here", "spec-opt", sources=sources, regions=settings, **PACE)
+
+
+def test_a_region_is_cut_off_for_two_rounds_and_another_is_killed_in_mid_round(
+    prepared, tmp_path, monkeypatch, ray_here
+):
+    with s3_server() as port, through(port) as way:
+        mailbox = uri(port, "run")
+        job, box = mailed(prepared, tmp_path, mailbox), Mailbox(mailbox)
+        with regions(mailbox, uri(way.port, "run"), tmp_path) as there:
+            run = Run.start(job)
+
+            def rounds() -> list[dict[str, Any]]:
+                assert not run.status().over, run.status()
+                return [record for record in run.history() if record["event"] == "round"]
+
+            def wait(fact: Any) -> None:
+                until(fact, 240)
+
+            wait(lambda: any(len(record["silos"]) == 3 for record in rounds()))
+            way.cut()
+            wait(lambda: sum("numbers" not in record["silos"] for record in rounds()) >= 2)
+            way.mend()
+            mended = len(rounds())
+            wait(lambda: any(len(record["silos"]) == 3 for record in rounds()[mended:]))
+
+            before = box.read("us/beat")["agent"]
+            wait(lambda: run.status().silos["code"].doing == "training")
+            there["us"].kill()
+            killed = len(rounds())
+            run.pause()
+            there["us"].start()
+            wait(lambda: (box.read("us/beat") or {"agent": before})["agent"] != before)
+            wait(lambda: set(box.read("us/beat")["ready"]) == {"code", "latin"})
+            run.resume()
+            wait(lambda: any(len(record["silos"]) == 3 for record in rounds()[killed:]))
+
+            run.set("rounds.total", run.status().round + 3)
+            until(lambda: run.status().over, 120)
+            assert run.status().phase == "finished", run.status().error
+            for region in there.values():  # they were told to leave with the run
+                assert region.process.wait(60) == 0, region.log.read_text()
+            assert box.names() == [RUN]
+            run.kill()
+
+    ordeal = ordeal_of(run, job)
+    lost = [(record["round"], record["refused"]) for record in ordeal.rounds if record["refused"]]
+    assert any("region eu has been silent" in told.get("numbers", "") for _, told in lost)
+    assert any(set(told) == {"code", "latin"} for _, told in lost), lost
+    ordeal.lost.update(lost_of(ordeal.records))
+    reference = relive(ordeal, smallest(prepared, tmp_path / "reference", "spec-opt", **PACE), monkeypatch)
+    same_state(ordeal, reference)
+    same_ledger(ordeal, reference)
+    assert sorted(path.name for path in (tmp_path / "here").iterdir()) == ["data", "runs"]
+    assert sorted(path.name for path in (tmp_path / "eu").iterdir()) == ["data", "silos"]
