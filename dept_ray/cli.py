@@ -15,8 +15,8 @@ from dept_ray.method_names import METHOD_NAMES
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dept_ray.client import Report
     from dept_ray.config import Job
+    from dept_ray.preparing import Report
 
 method_option = click.option("--method", type=click.Choice(METHOD_NAMES), help="Instead of the job's own.")
 folder_option = click.option("--folder", help="Holds data/, runs/ and silos/, instead of the job's own.")
@@ -67,12 +67,12 @@ def demo(method: str | None, folder: str, local: bool) -> None:
 @folder_option
 def prepare(job_file: str, address: str | None, local: bool, method: str | None, folder: str | None) -> None:
     """Read, clean, tokenise and pack the text of JOB_FILE; what is there already is kept."""
-    from dept_ray import client
+    from dept_ray.preparing import prepare as prepare_text
 
     console = _console()
     job = _load(job_file, method, folder)
     with _preparing(console) as report:
-        client.prepare(job, address, report, local)
+        prepare_text(job, address, report, local)
     where = "will be prepared by their regions" if job.regions.mailbox else "are prepared"
     console.print(f"{job.name}: {len(job.sources)} sources {where}")
 
@@ -295,8 +295,8 @@ def _show_scores(job: "Job", records: list[dict[str, Any]], console: "Console") 
 
 
 def _train_here(job: "Job", console: "Console") -> list[dict[str, Any]]:
-    from dept_ray.client import train_here
     from dept_ray.console import round_line
+    from dept_ray.in_process import train_here
     from dept_ray.metrics import read_records
     from dept_ray.rounds.control import Control
     from dept_ray.rounds.store import run_folder

@@ -7,7 +7,7 @@
 A run that is over is read from its folder; one in progress is asked.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,23 +15,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from dept_ray.config import Job
 from dept_ray.errors import ConfigError, RunError, StoreError
 from dept_ray.messages import Change, RunStatus
-from dept_ray.metrics import JsonLines, Log, Record, TensorBoard, read_records
+from dept_ray.metrics import Record, read_records
+from dept_ray.preparing import Report, begun, prepare, silent
 
 if TYPE_CHECKING:
     import pandas
     from rich.console import Console
 
     from dept_ray.on_ray.launch import Coordinator
-    from dept_ray.rounds.control import Control
     from dept_ray.study.choose import Choice
     from dept_ray.study.report import Plot
     from dept_ray.study.story import Story
-
-Report = Callable[[str, int, int], None]
-
-
-def silent(stage: str, done: int, of: int) -> None:
-    """Reports nothing."""
 
 
 @dataclass
@@ -412,83 +406,3 @@ def _named(runs: Sequence[Run]) -> list[tuple[Run, str]]:
     """Runs with names to tell them apart by: two of one name go by their folders."""
     names = [run.job.name for run in runs]
     return [(run, str(run.folder) if names.count(name) > 1 else name) for run, name in zip(runs, names, strict=True)]
-
-
-def prepare(job: Job, address: str | None = None, report: Report = silent, local: bool = False) -> None:
-    """Raw text to shards, where that is due: on Ray Data, or in this process. Behind a mailbox each region does it.
-
-    Raises:
-        ConfigError: it cannot be prepared region by region.
-        DataError: the text cannot be prepared.
-    """
-    from dept_ray.rounds.methods import method_of
-    from dept_ray.rounds.regions import check_regions
-    from dept_ray.text.prepare import prepare as prepare_text
-    from dept_ray.text.prepare import run_here
-
-    check_regions(job)
-    if job.regions.mailbox:
-        return
-    kind = "own" if method_of(job).vocabulary == "own" else "global"
-    run_all = run_here
-    if not local:
-        from dept_ray.on_ray.cluster import check_room, connect
-        from dept_ray.on_ray.ingest import ray_data_runner
-
-        connect(address, silos=len(job.sources))
-        check_room(job)  # a task for labels that no node has would wait for ever
-        run_all = ray_data_runner(job)
-    try:
-        prepare_text(job, kind, run_all, report)
-    except OSError as err:
-        raise StoreError(f"prepared text cannot be written under {job.folder} or a source's storage ({err})") from err
-    if job.init.embedding != "random":
-        from dept_ray.rounds.origin import fit_vocabulary
-
-        fit_vocabulary(job)
-
-
-def begun(job: Job) -> Job:
-    """The job once it has what it takes from another run (`rounds.origin`); most take nothing.
-
-    Raises:
-        ConfigError, StoreError: there is no such run, it does not fit, or it cannot be read.
-    """
-    if job.init.run is None:
-        return job
-    from dept_ray.rounds.origin import begin
-
-    return begin(job)
-
-
-def train_here(
-    job: Job, log: Callable[[Record], None], report: Report = silent, control: "Control | None" = None
-) -> Any:
-    """The identical loop in this process, without Ray: for a debugger.
-
-    Args:
-        job: what to run.
-        log: called with each record.
-        report: called with (stage, done, of) while text is prepared.
-        control: to stop or change the run from another thread or a signal.
-
-    Returns:
-        The run's last state.
-    """
-    from dept_ray.rounds.control import Control
-    from dept_ray.rounds.mailbox import MailboxPool
-    from dept_ray.rounds.pool import LocalPool
-    from dept_ray.rounds.store import RunStore
-    from dept_ray.rounds.train import train
-
-    job = begun(job)
-    store = RunStore(job)
-    store.hold()
-    prepare(job, report=report, local=True)
-    board, pool = TensorBoard(store.folder / "tensorboard"), MailboxPool() if job.regions.mailbox else LocalPool()
-    try:
-        return train(job, pool, store, Log(JsonLines(store.metrics), board, log), control or Control())
-    finally:
-        board.close()
-        pool.close()
-        store.let_go()

@@ -13,8 +13,8 @@ import pytest
 import torch
 from tiny import ready_job, tiny_job
 
-from dept_ray.client import prepare
 from dept_ray.config import Job
+from dept_ray.preparing import prepare
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -221,7 +221,9 @@ def test_the_status_of_a_run_that_is_over(run, monkeypatch):
         next(i for i, line in enumerate(lines) if line.startswith(w)) for w in ("final ", "ledger of round 3")
     )
     assert final < title
-    assert [line.split()[0] for line in lines[-3:]] == ["code", "latin", "numbers"]
+    assert [line.split()[0] for line in lines[-4:-1]] == ["code", "latin", "numbers"]
+    assert lines[-1].startswith("while they trained: ")
+    assert lines[-1].rstrip().endswith("FLOP/s")
     assert said("status", run).splitlines() == lines, "by name and by folder"
 
 

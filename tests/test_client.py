@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from tiny import ready_job
 
-from dept_ray.client import Run, train_here
+from dept_ray.client import Run
 from dept_ray.config import Job
 from dept_ray.errors import ConfigError, StoreError
+from dept_ray.in_process import train_here
 from dept_ray.rounds.control import Control
 from dept_ray.rounds.store import RunStore
 from dept_ray.study.tables import table_of

@@ -250,6 +250,19 @@ def test_the_score_table_fits_80_columns(sources):
     assert len(lines) == 1 + 3 + len(sources) + 1 + 2, "title, header, sources, blank, means: nothing wraps"
 
 
+def test_text_that_is_held_out_is_marked_and_has_a_mean_of_its_own():
+    record = final(("de", "en", "irc"))
+    record["scores"]["irc"]["held_out"] = True
+    record["mean_held_out"] = {**record["mean"], "bits_per_byte": 9.5}
+    lines = shown(score_table(record, "title")).splitlines()
+    assert [line[:20].strip() for line in lines if "irc" in line or "held" in line] == [
+        "irc (held out)",
+        "mean of held out",
+    ]
+    assert "9.5000" in lines[-1]
+    assert "irc* 2.286" in round_line(record).plain
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_demo_s_tables_fit_80_columns(method, tmp_path):
     job = demo_job(method, str(tmp_path))

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from dept_ray import demo
-from dept_ray.client import train_here
+from dept_ray.in_process import train_here
 from dept_ray.method_names import METHOD_NAMES
 from dept_ray.metrics import Record
 from dept_ray.rounds.methods import METHODS

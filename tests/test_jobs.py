@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dept_ray.client import train_here
+from dept_ray.in_process import train_here
 from dept_ray.jobfile import load_job
 from dept_ray.method_names import METHOD_NAMES
 from dept_ray.metrics import Record

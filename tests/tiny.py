@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from dept_ray.client import prepare
 from dept_ray.config import Job
 from dept_ray.draws import generator
 from dept_ray.jobfile import parse_job
 from dept_ray.messages import RoundOrder, SiloCard, SiloUpdate
+from dept_ray.preparing import prepare
 from dept_ray.silo.snapshot import snapshot_name
 
 SOURCES = ("code", "latin", "numbers")

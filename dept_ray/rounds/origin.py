@@ -35,7 +35,7 @@ class Origin:
     overlap, the like of each silo whose rows are taken."""
     about: dict[str, Any]
     """run, round, silo and fingerprint as `[init]` has them; of its own embedding, tokenizer: digest and place; of
-    those that overlap, pieces: the tokens of their rows."""
+    those that overlap, pieces: the tokens of their rows, and fitted_to: of which tokenizer `embedding` was made."""
 
 
 def begin(job: Job) -> Job:
@@ -48,17 +48,17 @@ def begin(job: Job) -> Job:
     if job.init.run is None:
         return job
     folder = origin_folder(job)
-    begun = (folder / "state.json").exists() and any((run_folder(job) / "rounds").glob("*/manifest.json"))
+    kept = load_snapshot(folder)[1] if (folder / "state.json").exists() else None
+    begun = kept is not None and any((run_folder(job) / "rounds").glob("*/manifest.json"))
     try:
         origin = find(job)
-    except DeptError:  # it went on and pruned that round, was moved, or deleted
-        if not begun:
-            raise
-        about = load_snapshot(folder)[1]
-    else:
         about = origin.about
-        if not begun:
+        if not begun and (kept is None or kept["fingerprint"] != about["fingerprint"]):
             save_snapshot(folder, origin.parts, about)
+    except DeptError:  # it went on and pruned that round, was moved, or deleted
+        if kept is None or not begun:
+            raise
+        about = kept
     taken = {key: about[key] for key in ("run", "round", "silo", "fingerprint")}
     return job.model_copy(update={"init": job.init.model_copy(update=taken)})
 
@@ -109,12 +109,14 @@ def fit_vocabulary(job: Job) -> None:
     if job.init.embedding == "random" or not (folder / "state.json").exists():
         return
     parts, about = load_snapshot(folder)
+    mine = _digest_of(tokenizer_file(job))
     if job.init.embedding == "overlap":
-        if "embedding" not in parts:
-            save_snapshot(folder, {**parts, "embedding": _overlapping(job, parts, about["pieces"])}, about)
+        if about.get("fitted_to") != mine:
+            embedding = _overlapping(job, parts, about["pieces"])
+            save_snapshot(folder, {**parts, "embedding": embedding}, {**about, "fitted_to": mine})
         return
     theirs = about["tokenizer"]
-    if _digest_of(tokenizer_file(job)) != theirs["digest"]:
+    if mine != theirs["digest"]:
         raise VocabularyError(
             f'init.embedding = "own": the tokenizer of {job.init.run} is not the one that this job\'s text was '
             f'prepared with: set tokenizer.kind = "file" and tokenizer.name = "{theirs["file"]}", '

@@ -140,7 +140,7 @@ def _scores(folder: Path, state: RunState, silo: Silo) -> dict[str, Any]:
     """Validation of this model on its silo's sources: as the run recorded it, else measured now."""
     for record in reversed(read_records(folder / "metrics.jsonl")):
         if record["event"] == "scores" and record["round"] == state.round:
-            return {name: figures for name, figures in record["scores"].items() if name in silo.spec.sources}
+            return {name: figures for name, figures in record["scores"].items() if name in silo.corpora}
     return scores_record(silo.score())["scores"]
 
 

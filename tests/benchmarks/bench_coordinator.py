@@ -23,9 +23,9 @@ import torch
 from reference import SIZES, job_of
 from sides import Ratio, options, say, tell
 
-from dept_ray.client import prepare
 from dept_ray.config import Job
 from dept_ray.messages import Held, RoundOrder, SiloUpdate
+from dept_ray.preparing import prepare
 from dept_ray.rounds.control import Control
 from dept_ray.rounds.outer import outer_step
 from dept_ray.rounds.state import RunState, SiloRecord

@@ -18,7 +18,7 @@ from bare import MALLOC
 from reference import SIZES, job_of, training_tokens
 from sides import HERE, Ratio, Side, options, say, taking_turns, tell
 
-from dept_ray.client import prepare
+from dept_ray.preparing import prepare
 
 WORKERS, STEPS = 4, 20
 

@@ -14,7 +14,7 @@ from bare import MALLOC
 from reference import SIZES, job_of, training_tokens
 from sides import HERE, Ratio, Side, options, taking_turns, tell
 
-from dept_ray.client import prepare
+from dept_ray.preparing import prepare
 
 TARGETS = {1: 0.97, 4: 1.0}
 

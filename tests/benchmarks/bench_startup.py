@@ -18,8 +18,8 @@ from pathlib import Path
 from reference import SIZES, job_of
 from sides import Figures, Ratio, options, say, tell, timed_command
 
-from dept_ray.client import prepare
 from dept_ray.config import Job
+from dept_ray.preparing import prepare
 
 DEPT_RAY = [sys.executable, "-m", "dept_ray"]
 HELP_CPU_S, FIRST_STEP_S = 0.3, 12.0

@@ -14,7 +14,7 @@ from bare import MALLOC
 from reference import SIZES, text_job, training_tokens
 from sides import HERE, Ratio, Side, options, taking_turns, tell
 
-from dept_ray.client import prepare
+from dept_ray.preparing import prepare
 
 INGEST, STREAM = 0.9, 0.01
 

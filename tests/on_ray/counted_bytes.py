@@ -15,9 +15,9 @@ from typing import Any
 from nodes import cluster_of
 from tiny import SOURCES, ready_job, tiny_job
 
-from dept_ray.client import prepare
 from dept_ray.metrics import Log
 from dept_ray.on_ray.pool import RayPool
+from dept_ray.preparing import prepare
 from dept_ray.rounds.control import Control
 from dept_ray.rounds.store import RunStore
 from dept_ray.rounds.train import train

@@ -11,10 +11,11 @@ import pytest
 import torch
 from tiny import ready_job
 
-from dept_ray.client import begun, prepare, train_here
 from dept_ray.config import Job
 from dept_ray.errors import ConfigError, StoreError, VocabularyError, WrongRunError
+from dept_ray.in_process import train_here
 from dept_ray.metrics import read_records
+from dept_ray.preparing import begun, prepare
 from dept_ray.rounds.control import Control
 from dept_ray.rounds.methods import method_of
 from dept_ray.rounds.origin import tokenizer_file

@@ -18,10 +18,10 @@ import pytest
 from safetensors.torch import load_file
 from tiny import SOURCES, document, ready_job, tiny_job, write_texts
 
-from dept_ray.client import prepare
 from dept_ray.config import Job
 from dept_ray.messages import RoundOrder, SiloUpdate
 from dept_ray.metrics import JsonLines, Log, TensorBoard, read_records
+from dept_ray.preparing import prepare
 from dept_ray.rounds.control import Control
 from dept_ray.rounds.pool import Deadline, LocalPool, Meanwhile, nothing
 from dept_ray.rounds.state import RunState

@@ -20,9 +20,9 @@ from test_local_pool import MortalPool
 from test_privacy import Finished, Tapped, secrets_of
 from tiny import SOURCES, tiny_job, write_texts
 
-from dept_ray.client import train_here
 from dept_ray.config import Job
 from dept_ray.errors import ClusterError, ConfigError, RunError, StoreError, WrongRunError
+from dept_ray.in_process import train_here
 from dept_ray.messages import RoundOrder, SiloUpdate
 from dept_ray.metrics import JsonLines
 from dept_ray.rounds.agent import Agent, prepare_here

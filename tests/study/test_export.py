@@ -17,9 +17,9 @@ from tokenizers import AddedToken, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, LlamaForCausalLM
 
 from dept_ray.cli import main
-from dept_ray.client import train_here
 from dept_ray.config import Job, TokenizerSection
 from dept_ray.errors import ConfigError, StoreError, VocabularyError
+from dept_ray.in_process import train_here
 from dept_ray.metrics import read_records
 from dept_ray.rounds.control import Control
 from dept_ray.rounds.store import run_folder

@@ -11,9 +11,9 @@ import pytest
 import torch
 from tiny import document, ready_job
 
-from dept_ray.client import train_here
 from dept_ray.config import Job
 from dept_ray.errors import ConfigError, StoreError, VocabularyError
+from dept_ray.in_process import train_here
 from dept_ray.metrics import read_records
 from dept_ray.rounds.control import Control
 from dept_ray.rounds.methods import METHODS

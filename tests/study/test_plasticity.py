@@ -5,8 +5,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from dept_ray.client import train_here
 from dept_ray.config import Job
+from dept_ray.in_process import train_here
 from dept_ray.metrics import Record, read_records
 from dept_ray.rounds.store import run_folder
 from dept_ray.study import plasticity

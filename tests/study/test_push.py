@@ -12,8 +12,8 @@ import huggingface_hub.constants
 import pytest
 from tiny import ready_job
 
-from dept_ray.client import train_here
 from dept_ray.errors import StoreError
+from dept_ray.in_process import train_here
 from dept_ray.rounds.store import run_folder
 from dept_ray.study.export import export
 

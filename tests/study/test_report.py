@@ -13,9 +13,10 @@ import pytest
 from click.testing import CliRunner
 
 from dept_ray.cli import main
-from dept_ray.client import Run, train_here, write_report
+from dept_ray.client import Run, write_report
 from dept_ray.config import Job
 from dept_ray.errors import ConfigError, StoreError
+from dept_ray.in_process import train_here
 from dept_ray.jobfile import parse_job
 from dept_ray.rounds.control import Control
 from dept_ray.rounds.methods import METHODS
@@ -100,6 +101,16 @@ def rows(page: str) -> list[list[str]]:
 
 
 # The story.
+
+
+def test_what_is_held_out_is_worth_something_and_counts_in_no_mean():
+    closing = final(1, 3.0)
+    closing["scores"]["de"] |= {"held_out": True, "bits_per_byte": 9.0}
+    story = a_story(a_round(1), closing)
+    worth = story.worth()
+    assert (worth["de"].counts, worth["de"].why_not) == (False, "held out")
+    assert story.mean_worth() == 3.0
+    assert ("de", "1, held out") in [(row[0], row[-1]) for row in rows(report_on([story]))]
 
 
 def test_scores_are_of_the_round_before_their_record():
