@@ -6,6 +6,7 @@ body once per silo, in one process, by one thread. The commit to disk happens me
 """
 
 import argparse
+import itertools
 import json
 import resource
 import statistics
@@ -28,6 +29,7 @@ from dept_ray.messages import Held, RoundOrder, SiloUpdate
 from dept_ray.preparing import prepare
 from dept_ray.rounds.control import Control
 from dept_ray.rounds.outer import outer_step
+from dept_ray.rounds.pool import nothing
 from dept_ray.rounds.state import RunState, SiloRecord
 from dept_ray.rounds.store import RunStore
 from dept_ray.rounds.train import train
@@ -87,12 +89,31 @@ def pause(asked: argparse.Namespace) -> Ratio:
     prepare(job, local=True)
     connect(None, silos=SILOS)
     pool, store = RayPool(make=NotingSilo), RunStore(job)
+    run_round, arrived, asked_at = pool.run_round, dict[int, float](), dict[int, float]()
+
+    def noted(orders: Any, deadline: Any, meanwhile: Any = nothing) -> Any:
+        round = next(iter(orders.values())).round
+
+        def commit() -> None:
+            asked_at[round] = time.time()
+            meanwhile()
+
+        answers = run_round(orders, deadline, commit)
+        arrived[round] = time.time()
+        return answers
+
+    pool.run_round = noted
     try:
         state = train(job, pool, store, lambda record: say(f"round {record['round']}"), Control())
     finally:
         pool.close()
     assert state.body is not None
-    pauses = [gap(asked.folder, round) for round in range(1, asked.repeats + 1)]  # the first round's is a warm-up
+    rounds = range(1, asked.repeats + 1)  # the first round's is a warm-up
+    moments = [
+        (noted_at(asked.folder, n, "answers"), arrived[n], asked_at[n + 1], noted_at(asked.folder, n + 1, "begins"))
+        for n in rounds
+    ]
+    pauses = [last - first for first, *_, last in moments]
     copies = [copying(state.body.numpy(), SILOS) for _ in range(max(3, asked.repeats))]
     ratio = statistics.median(pauses) / statistics.median(copies)
     return Ratio(
@@ -103,17 +124,19 @@ def pause(asked: argparse.Namespace) -> Ratio:
         ratio <= 3,
         {
             "pauses, s": [round(each, 3) for each in pauses],
+            "of which on the way, verdict and outer step and orders, taking up": [
+                [round(b - a, 3) for a, b in itertools.pairwise(each)] for each in moments
+            ],
             "copies, s": [round(each, 3) for each in copies],
             "body": f"{state.body.numel() / 1e6:.1f}M parameters",
         },
     )
 
 
-def gap(folder: Path, round: int) -> float:
-    """Seconds between a round and the next."""
+def noted_at(folder: Path, round: int, what: str) -> float:
+    """When the last silo did something in a round."""
     notes = [json.loads(line) for file in folder.glob("notes-*") for line in file.read_text().splitlines()]
-    answered = max(at for number, what, at in notes if (number, what) == (round, "answers"))
-    return max(at for number, what, at in notes if (number, what) == (round + 1, "begins")) - answered
+    return max(at for number, did, at in notes if (number, did) == (round, what))
 
 
 def copying(body: np.ndarray, times: int) -> float:

@@ -48,9 +48,16 @@ def main(folder: Path, method: str, codec: str, layers: int) -> None:
     records: list[dict[str, Any]] = []
     with cluster_of(*SOURCES, store_bytes=400 << 20):
         pool = RayPool()
+        run_round = pool.run_round
+
+        def noted(*more: Any) -> Any:
+            answers = run_round(*more)
+            seen.append((counted(), time.monotonic()))  # all have arrived, and the next orders are not out yet
+            return answers
+
+        pool.run_round = noted
         try:
-            log = Log(records.append, lambda record: seen.append((counted(), time.monotonic())))
-            train(job, pool, RunStore(job), log, Control())
+            train(job, pool, RunStore(job), Log(records.append), Control())
             before = counted()
             time.sleep(5)
             idle = (counted() - before) / 5
