@@ -22,7 +22,9 @@ def can_be_alone() -> bool:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.skipif(not can_be_alone(), reason="needs network namespaces")
-@pytest.mark.parametrize(("method", "codec", "layers"), [("spec", "fp32", 2), ("trim", "int4", 8)])
+@pytest.mark.parametrize(
+    ("method", "codec", "layers"), [pytest.param("spec", "fp32", 2, marks=pytest.mark.soak), ("trim", "int4", 8)]
+)
 def test_plan_and_ledger_say_what_the_kernel_counts(tmp_path: Path, method: str, codec: str, layers: int) -> None:
     program = [
         sys.executable,

@@ -42,7 +42,9 @@ def curve(records: list[dict[str, Any]]) -> list[Any]:
     return [(r["event"], r["round"], r.get("loss"), r.get("scores"), r.get("sent_bytes")) for r in records]
 
 
-@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize(
+    "method", [m if m in ("glob", "spec-opt", "act") else pytest.param(m, marks=pytest.mark.soak) for m in METHOD_NAMES]
+)
 def test_stopped_and_resumed_on_ray_equals_uninterrupted_in_process_bit_for_bit(tiny: Make, method: str) -> None:
     from dept_ray.on_ray.pool import RayPool
 
