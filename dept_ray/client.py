@@ -58,16 +58,16 @@ class Run:
         from dept_ray.on_ray.launch import Coordinator
         from dept_ray.rounds.methods import silos_of
         from dept_ray.rounds.regions import check_regions
-        from dept_ray.rounds.store import RunStore, in_progress
+        from dept_ray.rounds.store import RunStore, in_progress, run_folder
 
         check_regions(job)
-        job = begun(job)
-        store = RunStore(job)  # refuses another job's folder before anything is spent
-        if (where := in_progress(store.folder)) is not None:
+        if (where := in_progress(run_folder(job))) is not None:
             raise RunError(
                 f"run {job.name} is in progress ({where}): follow it with `dept-ray status {job.name} --watch`, "
                 "or give this job another `name`"
             )
+        job = begun(job)
+        store = RunStore(job)  # refuses another job's folder before anything is spent
         connect(address, silos=len(silos_of(job)), outlive=detach)
         check_lasting(job)
         prepare(job, address, report)

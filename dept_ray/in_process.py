@@ -34,9 +34,9 @@ def train_here(
     job = begun(job)
     store = RunStore(job)
     store.hold()
-    prepare(job, report=report, local=True)
     board, pool = TensorBoard(store.folder / "tensorboard"), MailboxPool() if job.regions.mailbox else LocalPool()
     try:
+        prepare(job, report=report, local=True)
         return train(job, pool, store, Log(JsonLines(store.metrics), board, log), control or Control())
     finally:
         board.close()

@@ -68,7 +68,7 @@ class RoundOrder:
     round: int
     attempt: int
     after: str | None
-    """The snapshot of this silo that the last committed round names; None: start fresh."""
+    """The snapshot of this silo that the last round names, which may be on its way to disk; None: start fresh."""
     position: dict[str, int]
     """Blocks already trained per source, as committed."""
     first_step: int

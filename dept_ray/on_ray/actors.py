@@ -10,6 +10,8 @@ import asyncio
 import os
 import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,7 @@ from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from dept_ray.codec import Moves
 from dept_ray.config import Job
-from dept_ray.errors import DeptError, RunError, ShardError, SiloError, StoreError
+from dept_ray.errors import ClusterError, DeptError, RunError, ShardError, SiloError, StoreError
 from dept_ray.messages import Change, Delta, RoundOrder, RunStatus, SiloCard, SiloSpec, SiloStatus, SiloUpdate
 from dept_ray.metrics import JsonLines, Log, Record, TensorBoard
 from dept_ray.on_ray.prometheus import PrometheusSink, SiloGauges
@@ -44,25 +46,18 @@ class SiloActor:
         from dept_ray.on_ray.streaming import RayReader
         from dept_ray.silo.silo import open_corpora
 
-        reader = RayReader(open_corpora(self.job, self.spec), self.job.inner.context)
-        self.silo = self.make(self.job, self.spec, read=reader)
-        return self.silo.card()
+        with self._discreet():
+            reader = RayReader(open_corpora(self.job, self.spec), self.job.inner.context)
+            self.silo = self.make(self.job, self.spec, read=reader)
+            return self.silo.card()
 
     @ray.method(num_returns=3)
     def obey(
         self, order: RoundOrder, body: np.ndarray | Moves | None, rows: np.ndarray | Moves | None
     ) -> tuple[SiloUpdate, Delta | None, Delta | None]:
         assert self.silo is not None, "ordered before it was asked for its card"
-        try:
+        with self._discreet():
             update = self.silo.obey(replace(order, body=body, rows=rows))
-        except (SiloError, StoreError, ShardError):
-            raise
-        except Exception as err:
-            if self.spec.share_rows:
-                raise
-            # What an exception says may hold an id, a shape or a piece of text, and under SPEC none of them leaves.
-            traceback.print_exc()
-            raise SiloError(f"{type(err).__name__}; its own log says more") from None
         return update.without_arrays(), update.delta("body"), update.delta("rows")
 
     @ray.method(concurrency_group="control")
@@ -75,6 +70,19 @@ class SiloActor:
     def stop(self, round: int, attempt: int) -> None:
         if self.silo is not None:
             self.silo.stop(round, attempt)
+
+    @contextmanager
+    def _discreet(self) -> Iterator[None]:
+        """What an exception says may hold an id, a shape or a piece of text, and under SPEC none of them leaves."""
+        try:
+            yield
+        except (SiloError, StoreError, ShardError, ClusterError):
+            raise
+        except Exception as err:
+            if self.spec.share_rows:
+                raise
+            traceback.print_exc()
+            raise SiloError(f"{type(err).__name__}; its own log says more") from None
 
 
 class CoordinatorActor:

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import ray
@@ -17,7 +16,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from dept_ray.config import Job
 from dept_ray.errors import SiloError
-from dept_ray.messages import Held, RoundOrder, SiloCard, SiloStatus, SiloUpdate
+from dept_ray.messages import Delta, Held, RoundOrder, SiloCard, SiloStatus, SiloUpdate
 from dept_ray.on_ray.actors import explain
 from dept_ray.on_ray.places import LOOK_EVERY_S, Places
 from dept_ray.rounds.pool import Deadline, MakeSilo, Meanwhile, nothing, specs_of, timed
@@ -149,7 +148,16 @@ def _arrived(call: _Call) -> bool:
 
 def _held(ref: Any) -> Held | None:
     """What arrived, left in the object store, which may put it on disk, until it is looked at."""
-    return None if ray.get(ref) is None else Held(partial(ray.get, ref))
+    if ray.get(ref) is None:
+        return None
+
+    def fetch() -> Delta:
+        try:
+            return ray.get(ref)
+        except RayError as err:  # its node is gone, and no copy is left
+            raise explain(err) from None
+
+    return Held(fetch)
 
 
 def _distinct(orders: Mapping[str, RoundOrder]) -> list[RoundOrder]:

@@ -135,7 +135,9 @@ class Agent:
         with self._meanwhile():
             reason = self._place(job, first) if job.sources else None
         self._phase = "open"
-        if reason is not None:
+        if reason is None:
+            self._failed = {}
+        else:
             self._failed |= dict.fromkeys(set(self._silos) - before, reason)
             self.tell(f"its silos cannot be made: {reason}")
 
@@ -241,7 +243,7 @@ class Agent:
 
     @contextmanager
     def _meanwhile(self, order: str | None = None) -> Iterator[None]:
-        """Go on beating while there is long work; under an order, hear when it is to be handed in."""
+        """Go on beating while there is long work; under an order, hear when nobody waits for more of it."""
         done = threading.Event()
 
         def watch() -> None:
@@ -249,7 +251,8 @@ class Agent:
             while not done.wait(self.settings.look_every_s):
                 with suppress(RunError):
                     self._beat()
-                    if not handed_in and f"stop-{order}" in self.box.names(self.name):
+                    names = self.box.names(self.name)
+                    if not handed_in and (f"stop-{order}" in names or f"order-{order}" not in names):
                         assert self.pool is not None
                         self.pool.hand_in()
                         handed_in = True

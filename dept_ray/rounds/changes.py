@@ -54,7 +54,9 @@ def check_change(job: Job, change: Change) -> Job:
         raise ConfigError(f'no silo "{name}" in run {job.name}; known: {", ".join(silos_of(job))}')
     if "add" in change and method_of(job).mixed:
         raise ConfigError(f"run {job.name} trains one silo on a mixture: a source cannot join it; start another run")
-    return changed(job, [change])
+    wanted = changed(job, [change])
+    silos_of(wanted)  # refuses what the method cannot hold
+    return wanted
 
 
 def obey_people(job: Job, state: RunState, pool: SiloPool, log: Sink, control: Control) -> tuple[Job, RunState]:

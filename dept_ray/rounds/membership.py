@@ -15,6 +15,7 @@ import numpy as np
 from dept_ray.codec import Coded, Moves, decoded
 from dept_ray.config import FaultsSection, Job
 from dept_ray.draws import generator
+from dept_ray.errors import DeptError
 from dept_ray.messages import Delta, RoundOrder, SiloUpdate
 from dept_ray.rounds.state import SiloRecord
 from dept_ray.silo.snapshot import snapshot_name
@@ -73,10 +74,13 @@ def judge(job: Job, orders: Mapping[str, RoundOrder], answers: Mapping[str, Silo
     accepted, refused, sizes = dict[str, SiloUpdate](), dict[str, str](), dict[str, dict[str, Size]]()
     for name in sorted(orders):
         answer = answers.get(name)
-        reason = refusal(orders[name], answer, job.held_out) or _unaccounted(job, orders[name], answer)
-        if reason is None and isinstance(answer, SiloUpdate):
-            sizes[name] = {what: _size(delta) for what in SHARED if (delta := answer.delta(what)) is not None}
-            reason = next((f"{what}: not finite" for what, size in sizes[name].items() if math.isnan(size.norm)), None)
+        try:
+            reason = refusal(orders[name], answer, job.held_out) or _unaccounted(job, orders[name], answer)
+            if reason is None and isinstance(answer, SiloUpdate):
+                sizes[name] = found = {w: _size(delta) for w in SHARED if (delta := answer.delta(w)) is not None}
+                reason = next((f"{what}: not finite" for what, size in found.items() if math.isnan(size.norm)), None)
+        except DeptError as err:  # its delta was lost after it had answered
+            reason = f"{type(err).__name__}: {err}"
         if reason is None and isinstance(answer, SiloUpdate):
             accepted[name] = answer
         else:

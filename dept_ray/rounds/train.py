@@ -15,7 +15,7 @@ from typing import Any
 
 from dept_ray.config import Job
 from dept_ray.draws import checksum
-from dept_ray.errors import QuorumLost
+from dept_ray.errors import DeptError, QuorumLost
 from dept_ray.messages import RoundOrder, SiloCard
 from dept_ray.metrics import Record
 from dept_ray.rounds.changes import changed, obey_people, with_newcomers
@@ -58,11 +58,17 @@ def train(job: Job, pool: SiloPool, store: RunStore, log: Log, control: Control)
         if not control.begin_round():
             continue
         began = time.perf_counter()
-        state = with_newcomers(state, pool)
-        state, attempts = _until_it_counts(job, state, pool, store, history, commit)
+        try:
+            state = with_newcomers(state, pool)
+            state, attempts = _until_it_counts(job, state, pool, store, history, commit)
+        except DeptError:
+            commit()  # the round before stands, whatever became of this one
+            raise
         before, state = state, outer_step(job, state, attempts[-1].verdict.accepted, pool.cards)
         took_s = time.perf_counter() - began
         commit = Commit(partial(_make_fact, job, before, state, attempts, took_s, history, pool, store, log, control))
+        if attempts[-1].verdict.refused:
+            commit()  # who was lost is waited for, and nobody trains meanwhile
         del before, attempts  # and with them all deltas, once it is a fact
     commit()
     if state.round == job.rounds.total:
@@ -104,7 +110,6 @@ def _until_it_counts(
     for attempt in range(job.faults.attempts):
         chosen = choose(job, members(state.silos, pool.ready()), state.round)
         if not chosen:
-            commit()
             what = "has nobody left to train it"
             break
         orders = orders_for(
@@ -121,6 +126,7 @@ def _until_it_counts(
         attempts[-1] = attempts[-1].lost
         what = f"failed {attempt + 1} times, {len(verdict.accepted)} of {len(chosen)} silos answered"
         reasons |= verdict.refused
+        del answers, verdict  # a body each
     away = {name: silo.away for name, silo in state.silos.items() if silo.away}
     told = "; ".join(f"{silo}: {reason}" for silo, reason in sorted({**away, **pool.failed(), **reasons}.items()))
     raise QuorumLost(

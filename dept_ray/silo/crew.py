@@ -111,7 +111,11 @@ class Ranks:
                 self.close()
                 raise SiloError(told)
             time.sleep(_LOOK_EVERY_S)
-        self._team = join(self._store, 0, self.spec.ranks, self.spec.gpu, limit_s)
+        try:
+            self._team = join(self._store, 0, self.spec.ranks, self.spec.gpu, limit_s)
+        except BaseException:
+            self.close()  # they would wait for a rank 0 that trains alone
+            raise
 
     def _told(self) -> str:
         """What went wrong, as the others have told it."""

@@ -83,9 +83,9 @@ def prune_snapshots(folder: Path, after: str | None, latest: str, count: int, ke
 
     Args:
         folder: of one silo.
-        after: what the last manifest names; None: nothing.
+        after: what the last round names, which may not be on disk yet; None: nothing.
         latest: the one just written. What lies between the two was written by attempts that did not count.
-        count: how many before `after` stay, for going back by hand.
+        count: how many before `after` stay, one at least: the round before is what a crash now goes back to.
         keep: names that stay whatever happens.
     """
     moments = {name: moment for path in folder.iterdir() if (moment := _moment(name := path.name)) is not None}

@@ -5,6 +5,7 @@ differ, so it is counted per UTF-8 byte. Needs the prepared tokens of the source
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from dept_ray.config import Job
 from dept_ray.rounds.changes import changed
-from dept_ray.rounds.methods import method_of
+from dept_ray.rounds.methods import method_of, silos_of
 from dept_ray.study.generate import last_state
 from dept_ray.text.prepare import corpus_folder
 from dept_ray.text.shards import open_corpus
@@ -38,24 +39,30 @@ class Choice:
 
 def choose_for(job: Job, folder: Path, text: str) -> Choice:
     """As `choose_source`, among the sources of a run after its last committed round."""
-    return choose_source(changed(job, last_state(folder).changes), text)
+    state = last_state(folder)
+    job = changed(job, state.changes)
+    trained = {name for name, silo in state.silos.items() if silo.rounds}
+    among = [source for silo, sources in silos_of(job).items() if silo in trained for source in sources]
+    return choose_source(job, text, among)
 
 
-def choose_source(job: Job, text: str) -> Choice:
+def choose_source(job: Job, text: str, among: Sequence[str] = ()) -> Choice:
     """The source that a text is most like, of those that were trained on.
 
     Args:
         job: in force now.
         text: any; the first source's where it is empty.
+        among: sources that have a model; none: all.
 
     Raises:
         ShardError: a source's prepared tokens are not here.
     """
+    among = among or job.trained
     if not text:
-        return Choice(job.trained[0], {})
+        return Choice(among[0], {})
     method, num_bytes = method_of(job), len(text.encode())
     bits, cannot = dict[str, float](), list[str]()
-    for name in job.trained:
+    for name in among:
         corpus = open_corpus(corpus_folder(job, name, "own" if method.vocabulary == "own" else "global"), verify=False)
         ids = np.array(corpus.tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
         # Of the whole vocabulary, so that what a source never holds costs it something and not everything.
