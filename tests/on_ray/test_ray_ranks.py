@@ -48,7 +48,7 @@ def test_whichever_rank_is_killed_the_silo_fails_once_and_goes_on(tiny: Make) ->
     from dept_ray.on_ray.pool import RayPool
 
     job = mixed(tiny, "killed", 2, rounds={"total": 4}, faults={"patience_s": 300})
-    job = job.model_copy(update={"inner": job.inner.model_copy(update={"local_steps": 150})})
+    job = job.model_copy(update={"inner": job.inner.model_copy(update={"local_steps": 300})})
     pool, seen = RayPool(), set[int]()
 
     def trains_in(round: int) -> bool:

@@ -146,9 +146,14 @@ def test_waiting_ends_when_the_run_is_held_and_an_interrupt_ends_only_the_waitin
     assert [r["round"] for r in run.wait(QUIET)] == [3], "what was told before is not told again"
     run.resume()
     for watching in (run.wait, run.follow):
-        threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        # Python drops an interrupt that comes while it collects garbage: who presses Ctrl-C presses it again.
+        presses = [threading.Timer(s, os.kill, (os.getpid(), signal.SIGINT)) for s in (1, 30, 60)]
+        for press in presses:
+            press.start()
         with pytest.raises(KeyboardInterrupt):
             watching(QUIET)
+        for press in presses:
+            press.cancel()
         here = run.status().round
         until(lambda here=here: run.status().round > here)
     run.pause()
