@@ -113,6 +113,11 @@ class Held:
     """Only to be read, and not to be kept."""
 
 
+def fetched(vector: Delta | Held) -> Delta:
+    """The delta itself. Only to be read, and not to be kept."""
+    return vector.fetch() if isinstance(vector, Held) else vector
+
+
 @dataclass(frozen=True)
 class SiloUpdate:
     """What a silo answers: how far it trained, where it stands, and the deltas (local minus global, equation 1)."""
@@ -151,7 +156,7 @@ class SiloUpdate:
     def delta(self, what: str) -> Delta | None:
         """The delta of the `body`, or of the `rows`; None where it stays home. Only to be read, and not to be kept."""
         vector = getattr(self, what)
-        return vector.fetch() if isinstance(vector, Held) else vector
+        return None if vector is None else fetched(vector)
 
     def without_arrays(self) -> "SiloUpdate":
         """The answer alone; arrays travel beside it."""

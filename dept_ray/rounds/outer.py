@@ -12,7 +12,7 @@ Sums fold in silo-name order, so the result does not depend on who answered firs
 owns every row; there is no other code for it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 
 from dept_ray.codec import Coded, decoded, encode
 from dept_ray.config import Job
-from dept_ray.messages import Delta, SiloCard, SiloUpdate
+from dept_ray.messages import Delta, Held, SiloCard, SiloUpdate, fetched
 from dept_ray.rounds.state import Move, RunState
 
 _CHUNK = 1 << 14
@@ -29,9 +29,6 @@ _CHUNK = 1 << 14
 meet after each piece cost ten times the work where silos keep the cores busy."""
 _AT_ONCE = 8
 """Deltas folded in one pass over the sum: more of them save little of its traffic, and cost memory."""
-
-Fetch = Callable[[], Delta]
-"""Gives a delta to be read, which may lie elsewhere."""
 
 
 def outer_step(job: Job, state: RunState, updates: Mapping[str, SiloUpdate], cards: Mapping[str, SiloCard]) -> RunState:
@@ -48,7 +45,8 @@ def outer_step(job: Job, state: RunState, updates: Mapping[str, SiloUpdate], car
     weights = weights_of(job, updates)
     outer, changed, move = job.outer, dict[str, Any](), dict[str, Coded]()
     if state.body is not None:
-        mean = weighted_mean({k: _fetch(u, "body") for k, u in updates.items()}, weights, len(state.body))
+        deltas = {k: u.body for k, u in updates.items() if u.body is not None}
+        mean = weighted_mean(deltas, weights)
         theta, changed["body_momentum"] = _nesterov_onto(mean, state.body, state.body_momentum, outer.eta, outer.mu)
         if job.wire.codec != "fp32":
             theta, changed["body_residual"], move["body"] = as_sent(
@@ -57,7 +55,7 @@ def outer_step(job: Job, state: RunState, updates: Mapping[str, SiloUpdate], car
         changed["body"] = theta
     if state.rows is not None:
         owners = {k: cards[k].rows_of(len(state.rows)) for k in updates}
-        deltas = {k: _fetch(u, "rows") for k, u in updates.items()}
+        deltas = {k: u.rows for k, u in updates.items() if u.rows is not None}
         mean, reported = mean_over_owners(deltas, owners, weights, tuple(state.rows.shape))
         rows, changed["rows_momentum"] = _masked_nesterov(
             state.rows, -mean, reported, state.rows_momentum, outer.rows_lr, outer.rows_momentum
@@ -124,35 +122,28 @@ def weights_of(job: Job, updates: Mapping[str, SiloUpdate]) -> dict[str, float]:
     return {name: w / total for name, w in raw.items()}
 
 
-def _fetch(update: SiloUpdate, what: str) -> Fetch:
-    def fetch() -> Delta:
-        delta = update.delta(what)
-        assert delta is not None, f"{update.silo} was accepted without its {what}"
-        return delta
-
-    return fetch
-
-
-def weighted_mean(deltas: Mapping[str, Fetch], weights: Mapping[str, float], length: int) -> np.ndarray:
+def weighted_mean(deltas: Mapping[str, Delta | Held], weights: Mapping[str, float]) -> np.ndarray:
     """sum_k w_k d_k over flat vectors of one length, folded in silo-name order: (n,) fp32.
 
-    >>> b, a = np.float32([4, 0]), np.float32([0, 8])
-    >>> weighted_mean({"b": lambda: b, "a": lambda: a}, {"a": 0.25, "b": 0.75}, 2).tolist()
+    >>> weighted_mean({"b": np.float32([4, 0]), "a": np.float32([0, 8])}, {"a": 0.25, "b": 0.75}).tolist()
     [3.0, 2.0]
     """
-    total = np.zeros(length, np.float32)
-    names = sorted(deltas)
+    total, names = None, sorted(deltas)
     for first in range(0, len(names), _AT_ONCE):
         some = names[first : first + _AT_ONCE]
-        _fold(total, [(deltas[name](), np.float32(weights[name])) for name in some])
+        total = _folded(total, [(fetched(deltas[name]), np.float32(weights[name])) for name in some])
+    assert total is not None, "a round that nobody answered does not count"
     return total
 
 
-def _fold(total: np.ndarray, weighted: Sequence[tuple[Delta, np.float32]]) -> None:
+def _folded(total: np.ndarray | None, weighted: Sequence[tuple[Delta, np.float32]]) -> np.ndarray:
+    """The sum with some more, in place."""
+    total = np.zeros(weighted[0][0].shape, np.float32) if total is None else total
     for here in _pieces(len(total)):
         for delta, weight in weighted:
             piece = delta.piece(here.start, here.stop) if isinstance(delta, Coded) else delta[here]
             total[here] += piece * weight
+    return total
 
 
 def _pieces(length: int) -> Iterator[slice]:
@@ -160,7 +151,7 @@ def _pieces(length: int) -> Iterator[slice]:
 
 
 def mean_over_owners(
-    deltas: Mapping[str, Fetch],
+    deltas: Mapping[str, Delta | Held],
     owners: Mapping[str, np.ndarray | slice],
     weights: Mapping[str, float],
     shape: tuple[int, ...],
@@ -178,7 +169,7 @@ def mean_over_owners(
     """
     total, count = np.zeros(shape, np.float32), np.zeros(shape[0], np.float64)
     for name in sorted(deltas):
-        total[owners[name]] += decoded(deltas[name]()) * np.float32(weights[name])
+        total[owners[name]] += decoded(fetched(deltas[name])) * np.float32(weights[name])
         count[owners[name]] += weights[name]
     reported = count > 0
     total[reported] /= count[reported, None].astype(np.float32)
