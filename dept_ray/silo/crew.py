@@ -72,8 +72,7 @@ class Ranks:
         if self.spec.ranks == 1:
             yield ALONE
             return
-        if self._crew is None or self._crew.gone():
-            self._assemble()
+        self.assemble()
         try:
             self._orders += 1
             shapes = {name: list(tensor.shape) for name, tensor in moments.items()}
@@ -95,8 +94,14 @@ class Ranks:
             self._team.leave()
         self._crew, self._store, self._team, self._orders = None, None, ALONE, 0
 
-    def _assemble(self) -> None:
-        """Start the others and meet them."""
+    def assemble(self) -> None:
+        """Start the others and meet them, unless they are here.
+
+        Raises:
+            SiloError: one could not be started.
+        """
+        if self.spec.ranks == 1 or (self._crew is not None and not self._crew.gone()):
+            return
         self.close()
         limit_s, ranks = self.job.faults.start_timeout_s, range(1, self.spec.ranks)
         self._store = new_store(limit_s)

@@ -148,6 +148,8 @@ class Silo:
             self._restore(order.after)
             shared = self._wire.receive(order)
             self._take(shared)
+            if order.steps:
+                self._ranks.assemble()
         scores: dict[str, Score] = {}
         if order.score:
             self._say("scoring", order)
