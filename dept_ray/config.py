@@ -328,27 +328,50 @@ class MixtureSection(Section):
 
 
 class InitSection(Section):
-    """`[init]`: another run that this one goes on from, instead of a body drawn from the seed (METHOD.md section 4)."""
+    """`[init]`: what a run goes on from, instead of a body drawn from the seed (METHOD.md section 4): another run, or a
+    Hugging Face checkpoint."""
 
     run: str | None = None
-    """A run's folder, or its name under `folder`; None: all is drawn. What is taken is copied into the new run."""
+    """A run's folder, or its name under `folder`; None: none. What is taken is copied into the new run."""
+    checkpoint: str | None = None
+    """A Hugging Face checkpoint of a GPT-2 or a Llama (config.json, safetensors and, for its rows, tokenizer.json): a
+    folder, or its name on the Hub. Its shapes must be those of [model]; what is taken is copied as a run's is."""
     round: Annotated[int, Field(gt=0)] | None = None
-    """Its committed round; None: the last."""
+    """A run's committed round; None: the last."""
     silo: Name | None = None
     """Whose body, where bodies stay home and there are several (`isolated`)."""
     embedding: Literal["random", "own", "overlap"] = "random"
-    """random: drawn from the seed, like any other. own: the run's, which must have a global vocabulary and the same
-    tokenizer as this job. overlap: rows of the tokens that the run's embeddings have, of all its silos, and what is in
-    none drawn like them (`silo.warmstart`); under SPEC this takes rows out of the silos, whose storage must be seen."""
+    """random: drawn from the seed, like any other. own: that of the run, which must have a global vocabulary, or of the
+    checkpoint; with the same tokenizer as this job. overlap: rows of the tokens that its embeddings have, of all silos
+    of a run, and what is in none drawn like them (`silo.warmstart`); under SPEC this takes rows out of the silos, whose
+    storage must be seen."""
     frozen_body: bool = False
     """Train the embedding alone."""
     fingerprint: str | None = None
     """Digest of what is taken; filled in when the run begins. Where it is set, nothing else is taken."""
 
+    @property
+    def origin(self) -> str | None:
+        """The run or the checkpoint; None: all is drawn."""
+        return self.run or self.checkpoint
+
+    @property
+    def told(self) -> str:
+        """For messages: the key that names the origin, and its value."""
+        return f"init.{'run' if self.run else 'checkpoint'} = {self.origin!r}"
+
     @model_validator(mode="after")
-    def _needs_run(self) -> "InitSection":
-        if self.run is None and self.model_dump(exclude_defaults=True):
-            raise ValueError("init: nothing is taken from another run without init.run: name it, or remove the section")
+    def _has_one_origin(self) -> "InitSection":
+        if self.origin is None and self.model_dump(exclude_defaults=True):
+            raise ValueError("init: nothing is taken from another run without init.run (or, of a Hugging Face model, "
+                             "init.checkpoint): name it, or remove the section")  # fmt: skip
+        if self.run and self.checkpoint:
+            raise ValueError(
+                f"init.run = {self.run!r} and init.checkpoint = {self.checkpoint!r}: a run begins from one; remove one"
+            )
+        for key in ("round", "silo"):
+            if self.checkpoint and getattr(self, key) is not None:
+                raise ValueError(f"init.{key} = {getattr(self, key)!r}: a checkpoint has no {key}s; remove it")
         return self
 
 
@@ -468,7 +491,7 @@ _HOUSEKEEPING: Any = {
     "rounds": {"keep", "score_every"},
     "faults": True,
     "regions": True,
-    "init": {"run"},  # what was taken from there is told by its fingerprint
+    "init": {"run", "checkpoint"},  # what was taken from there is told by its fingerprint
     # Where files lie may change; what is in them may not: the fingerprint of the tokens is checked on its own.
     "sources": {"__all__": {"storage", "resources", "vocab_size", "tokens", "paths", "validation_paths"}},
 }

@@ -64,9 +64,9 @@ def check_regions(job: Job) -> None:
             f'regions.mailbox = "{job.regions.mailbox}": method = "{job.method}" trains one silo on the text of all '
             "sources, which would have to leave their regions; choose another method, or leave the mailbox out"
         )
-    if job.init.run is not None and (job.init.embedding != "random" or not method.share_body):
+    if job.init.origin is not None and (job.init.embedding != "random" or not method.share_body):
         raise ConfigError(
-            f'init.run = "{job.init.run}": behind a mailbox a silo cannot read what another run left on the '
+            f"{job.init.told}: behind a mailbox a silo cannot read what the run begins from, which is on the "
             'coordinator\'s disk; only a shared body comes to it, with its orders: set init.embedding = "random" '
             "and choose a method that shares the body, or leave the mailbox out"
         )

@@ -102,8 +102,8 @@ class Silo:
         self._after: str | None = NOWHERE
         self._stop_at: tuple[int, int] | None = None
         self._ranks = Ranks(job, spec, start)
-        # What was taken from another run is not on every silo's machine: it comes with the first order.
-        draws = job.wire.codec != "fp32" and job.init.run is None
+        # What a run begins from is not on every silo's machine: it comes with the first order.
+        draws = job.wire.codec != "fp32" and job.init.origin is None
         self._wire = Wire(spec.silo, self._fresh_shared() if draws else {})
         self._status = SiloStatus(spec.silo)
 
