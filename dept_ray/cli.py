@@ -98,7 +98,9 @@ def train(
 @click.argument("run")
 @click.argument("job_file")
 @click.option(
-    "--embedding", type=click.Choice(("random", "own", "overlap")), help="To begin from (default: the job's; random)."
+    "--embedding",
+    type=click.Choice(("random", "own", "overlap", "ofa", "tokenadapt")),
+    help="To begin from (default: the job's; random).",
 )
 @click.option("--round", "round_", type=click.IntRange(1), help="RUN's committed round (default: the last).")
 @click.option("--silo", help="Whose body, where each silo of RUN has its own.")

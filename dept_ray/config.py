@@ -288,6 +288,9 @@ class FaultsSection(Section):
     """What becomes of it: left out, or scaled down to the median. A liar who is scaled still does harm."""
     newcomer_steps: Annotated[int, Field(ge=0)] = 0
     """First steps of a silo that joined a run in which it trains its embedding alone, with the body frozen."""
+    newcomer_rows: Literal["random", "overlap", "ofa", "tokenadapt"] = "random"
+    """How the rows of a silo that joined begin where embeddings stay home: drawn, or (as `init.embedding`) from those
+    of the silos with the same `storage`, read there and sent nowhere. A silo that lives elsewhere is never read."""
 
     @model_validator(mode="after")
     def _in_order(self) -> "FaultsSection":
@@ -340,11 +343,12 @@ class InitSection(Section):
     """A run's committed round; None: the last."""
     silo: Name | None = None
     """Whose body, where bodies stay home and there are several (`isolated`)."""
-    embedding: Literal["random", "own", "overlap"] = "random"
+    embedding: Literal["random", "own", "overlap", "ofa", "tokenadapt"] = "random"
     """random: drawn from the seed, like any other. own: that of the run, which must have a global vocabulary, or of the
     checkpoint; with the same tokenizer as this job. overlap: rows of the tokens that its embeddings have, of all silos
-    of a run, and what is in none drawn like them (`silo.warmstart`); under SPEC this takes rows out of the silos, whose
-    storage must be seen."""
+    of a run, and what is in none drawn like them; under SPEC this takes rows out of the silos, whose storage must be
+    seen. ofa: as overlap, but what is in none is like the tokens that the new text uses alike. tokenadapt: it is the
+    mean of the parts that the old tokenizers cut it into (`silo.warmstart`)."""
     frozen_body: bool = False
     """Train the embedding alone."""
     fingerprint: str | None = None

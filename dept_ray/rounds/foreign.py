@@ -14,7 +14,8 @@ from dept_ray.silo.checkpoint import Checkpoint
 from dept_ray.silo.hugging_face import TABLES, body_from, differences
 from dept_ray.silo.model import layout_of
 from dept_ray.silo.snapshot import Parts
-from dept_ray.text.tokenizer import open_tokenizer, pieces_of, tokenizer_digest, vocabulary_size
+from dept_ray.silo.spelling import spelling
+from dept_ray.text.tokenizer import Vocabulary, open_tokenizer, tokenizer_digest, vocabulary_size
 
 _TIED = {"gpt2": True, "llama": False}
 """Whether the head is the token embedding where a config.json does not say."""
@@ -48,7 +49,7 @@ def from_checkpoint(job: Job) -> tuple[Parts, dict[str, Any]]:
         file = checkpoint.tokenizer_file
         about["tokenizer"] = {"file": str(file), "digest": tokenizer_digest(file)}
         return {**parts, "embedding": named}, about
-    about["pieces"] = {"of-all": pieces_of(tokenizer, len(named["tokens"]))}
+    about["tables"] = {"of-all": spelling(tokenizer, Vocabulary(len(named["tokens"])))}
     return {**parts, "of-all": named}, about
 
 
@@ -56,12 +57,12 @@ def _check_model(job: Job, checkpoint: Checkpoint, takes_rows: bool) -> None:
     settings, init = checkpoint.settings, job.init
     needed = job.positions if takes_rows and job.model.arch == "gpt2" else None
     mend, cannot = differences(job.model, needed, settings)
+    if mend:
+        raise ConfigError(f"{init.told} has another model ({'; '.join(mend)}): set [model] to what is there")
     if cannot:
         raise ConfigError(
             f"{init.told} is no model that could be gone on with ({'; '.join(cannot)}): choose another checkpoint"
         )
-    if mend:
-        raise ConfigError(f"{init.told} has another model ({'; '.join(mend)}): set [model] to what is there")
     if takes_rows and not settings.get("tie_word_embeddings", _TIED[job.model.arch]):
         raise ConfigError(
             f'init.embedding = "{init.embedding}": {checkpoint.name} has a head beside its token embedding '

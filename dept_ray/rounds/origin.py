@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from dept_ray.config import Job
@@ -23,10 +22,11 @@ from dept_ray.rounds.store import last_round, layout_fingerprint, load_round, re
 from dept_ray.silo.fresh import origin_folder
 from dept_ray.silo.silo import silo_folder
 from dept_ray.silo.snapshot import Parts, load_snapshot, save_snapshot
-from dept_ray.silo.warmstart import Table, overlapping_rows
+from dept_ray.silo.spelling import Spelling, spelling, table_of, wanted_by
+from dept_ray.silo.warmstart import WAYS, warm_rows
 from dept_ray.text.prepare import corpus_folder
 from dept_ray.text.shards import open_corpus
-from dept_ray.text.tokenizer import pieces_of, tokenizer_digest
+from dept_ray.text.tokenizer import tokenizer_digest
 
 TAKEN = ("run", "checkpoint", "round", "silo", "fingerprint")
 """Keys of `[init]` that say what was taken."""
@@ -41,8 +41,8 @@ class Origin:
     overlap, the like of each silo whose rows are taken."""
     about: dict[str, Any]
     """run or checkpoint, round, silo and fingerprint as `[init]` has them; of its own embedding, tokenizer: digest and
-    place; of those that overlap, pieces: the tokens of their rows, and fitted_to: of which tokenizer `embedding` was
-    made."""
+    place; of those that overlap, tables: tokens and tokenizer of each, and fitted_to: for which tokenizer `embedding`
+    was made of them."""
 
 
 def begin(job: Job) -> Job:
@@ -104,9 +104,9 @@ def fit_vocabulary(job: Job) -> None:
         return
     parts, about = load_snapshot(folder)
     mine = tokenizer_digest(tokenizer_file(job))
-    if job.init.embedding == "overlap":
+    if job.init.embedding in WAYS:
         if about.get("fitted_to") != mine:
-            embedding = _overlapping(job, parts, about["pieces"])
+            embedding = _warm(job, parts, about["tables"])
             save_snapshot(folder, {**parts, "embedding": embedding}, {**about, "fitted_to": mine})
         return
     theirs = about["tokenizer"]
@@ -138,13 +138,13 @@ def _of_run(job: Job) -> tuple[Parts, dict[str, Any]]:
     if job.init.embedding == "own":
         parts["embedding"] = _tables(state, there) if state.rows is not None else home["embedding"]
         about["tokenizer"] = {"file": str(tokenizer_file(there)), "digest": tokenizer_digest(tokenizer_file(there))}
-    elif job.init.embedding == "overlap":
+    elif job.init.embedding in WAYS:
         whose = [silo] if silo else [None] if state.rows is not None else _trained(state)
-        about["pieces"] = {}
+        about["tables"] = {}
         for name in whose:
             tables = _tables(state, there) if state.rows is not None else _home(there, state, str(name))["embedding"]
             parts[f"of-{name or 'all'}"] = tables
-            about["pieces"][f"of-{name or 'all'}"] = _pieces(there, name)
+            about["tables"][f"of-{name or 'all'}"] = _spelling(there, name)
     return parts, about
 
 
@@ -206,23 +206,22 @@ def _home(there: Job, state: RunState, silo: str) -> dict[str, dict[str, torch.T
     return load_snapshot(silo_folder(there, silo) / str(state.silos[silo].snapshot))[0]
 
 
-def _pieces(there: Job, silo: str | None) -> list[str]:
-    """The tokens of a silo's rows (None: of the shared ones), in the order of the rows."""
+def _spelling(there: Job, silo: str | None) -> Spelling:
+    """The tokens of a silo's rows (None: of the shared ones), in the order of the rows, and their tokenizer."""
     vocabulary = method_of(there).vocabulary if silo else "global"
     source = there.trained[0] if silo is None else silos_of(there)[silo][0]
     corpus = open_corpus(corpus_folder(there, source, "own" if vocabulary == "own" else "global"), verify=False)
     rows = corpus.trimmed if vocabulary == "trimmed" else corpus.vocabulary
-    pieces = pieces_of(corpus.tokenizer, corpus.vocabulary.size)
-    return [pieces[id] for id in rows.to_global(np.arange(rows.size))]
+    return spelling(corpus.tokenizer, rows)
 
 
-def _overlapping(job: Job, parts: Parts, pieces: dict[str, list[str]]) -> dict[str, torch.Tensor]:
+def _warm(job: Job, parts: Parts, spellings: dict[str, Spelling]) -> dict[str, torch.Tensor]:
     """The embedding of this job's global vocabulary; its positions are those of the first table."""
-    corpus = open_corpus(corpus_folder(job, job.trained[0], "global"), verify=False)
-    mine = pieces_of(corpus.tokenizer, corpus.vocabulary.size)
-    tables = [Table(tuple(pieces[name]), parts[name]["tokens"]) for name in sorted(pieces)]
+    corpora = [open_corpus(corpus_folder(job, name, "global"), verify=False) for name in job.trained]
+    tables = [table_of(spellings[name], parts[name]["tokens"]) for name in sorted(spellings)]
+    wanted = wanted_by(corpora, corpora[0].vocabulary, job.seed)
     generator = torch.Generator().manual_seed(seed_for(job.seed, "overlap"))
-    return {**parts[min(pieces)], "tokens": overlapping_rows(mine, tables, generator)}
+    return {**parts[min(spellings)], "tokens": warm_rows(job.init.embedding, wanted, tables, generator)}
 
 
 def _tables(state: RunState, there: Job) -> dict[str, torch.Tensor]:

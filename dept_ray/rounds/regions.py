@@ -70,6 +70,11 @@ def check_regions(job: Job) -> None:
             'coordinator\'s disk; only a shared body comes to it, with its orders: set init.embedding = "random" '
             "and choose a method that shares the body, or leave the mailbox out"
         )
+    if job.faults.newcomer_rows != "random":
+        raise ConfigError(
+            f'faults.newcomer_rows = "{job.faults.newcomer_rows}": behind a mailbox nobody knows which silos live '
+            'in one place, and rows never leave theirs; set it to "random", or leave the mailbox out'
+        )
     if method.vocabulary != "own" and job.tokenizer.kind in ("bpe", "unigram"):
         raise ConfigError(
             f'tokenizer.kind = "{job.tokenizer.kind}": method = "{job.method}" has one tokenizer for all sources, and '

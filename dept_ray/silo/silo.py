@@ -20,8 +20,9 @@ from dept_ray.config import Job
 from dept_ray.errors import SiloError
 from dept_ray.messages import RoundOrder, Score, SiloCard, SiloSpec, SiloStatus, SiloUpdate
 from dept_ray.silo.crew import Ranks, Start, start_processes
+from dept_ray.silo.donors import first_tables
 from dept_ray.silo.flops import flops_per_token
-from dept_ray.silo.fresh import drawn_embedding, fresh_body, fresh_embedding, fresh_rows
+from dept_ray.silo.fresh import drawn_embedding, fresh_body, fresh_rows
 from dept_ray.silo.hardware import choose_hardware
 from dept_ray.silo.inner import Schedule, Trained, make_optimizer, train_steps
 from dept_ray.silo.micro_batch import find_micro_batch
@@ -145,7 +146,7 @@ class Silo:
         seconds: dict[str, float] = {}
         self._say("loading", order)
         with self._timed("load", seconds):
-            self._restore(order.after)
+            self._restore(order)
             shared = self._wire.receive(order)
             self._take(shared)
             if order.steps:
@@ -253,8 +254,9 @@ class Silo:
         team.check_equal(self._optimizer.tensors)
         return trained
 
-    def _restore(self, after: str | None) -> None:
-        """Make memory equal to a snapshot (None: to a fresh silo), unless it is already."""
+    def _restore(self, order: RoundOrder) -> None:
+        """Make memory equal to the snapshot that an order names (None: to a fresh silo), unless it is already."""
+        after = order.after
         if after == self._after and after != NOWHERE:
             if not self._keeps_moments:
                 self._optimizer = self._new_optimizer()
@@ -263,7 +265,7 @@ class Silo:
         self._optimizer = self._new_optimizer()
         parts = {} if after is None else load_snapshot(silo_folder(self.job, self.spec.silo) / after)[0]
         if not self.spec.share_rows:
-            tables = parts.get("embedding") or fresh_embedding(self.job, self.vocabulary, self.spec.silo).state_dict()
+            tables = parts.get("embedding") or first_tables(self.job, self.spec, self.corpora, self.vocabulary, order)
             self.model.embedding.load_state_dict(tables)
         if not self.spec.share_body:
             self.body.copy_(parts["body"]["flat"] if "body" in parts else fresh_body(self.job))
