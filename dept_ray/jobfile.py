@@ -13,9 +13,10 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from dept_ray.config import FilesSource, HubSource, InstalledSource, Job
+from dept_ray.config import Job
 from dept_ray.errors import ConfigError, nearest
 from dept_ray.messages import Change
+from dept_ray.sections import FilesSource, HubSource, InstalledSource
 
 Fill = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 """Of the values that a job file has, nested defaults for those that it leaves open."""

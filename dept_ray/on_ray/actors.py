@@ -21,12 +21,13 @@ from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from dept_ray.codec import Moves
 from dept_ray.config import Job
-from dept_ray.errors import ClusterError, DeptError, RunError, ShardError, SiloError, StoreError
+from dept_ray.errors import DeptError, RunError, SiloError, discreet
 from dept_ray.messages import Change, Delta, RoundOrder, RunStatus, SiloCard, SiloSpec, SiloStatus, SiloUpdate
 from dept_ray.metrics import JsonLines, Log, Record, TensorBoard
 from dept_ray.on_ray.prometheus import PrometheusSink, SiloGauges
 from dept_ray.rounds.control import Control
-from dept_ray.rounds.store import RunStore, run_folder
+from dept_ray.rounds.folder import run_folder
+from dept_ray.rounds.store import RunStore
 
 if TYPE_CHECKING:
     from dept_ray.rounds.pool import MakeSilo
@@ -73,16 +74,14 @@ class SiloActor:
 
     @contextmanager
     def _discreet(self) -> Iterator[None]:
-        """What an exception says may hold an id, a shape or a piece of text, and under SPEC none of them leaves."""
+        """Under SPEC only so much of an exception leaves as may."""
         try:
             yield
-        except (SiloError, StoreError, ShardError, ClusterError):
-            raise
         except Exception as err:
-            if self.spec.share_rows:
+            if self.spec.share_rows or discreet(err) is err:
                 raise
             traceback.print_exc()
-            raise SiloError(f"{type(err).__name__}; its own log says more") from None
+            raise discreet(err) from None
 
 
 class CoordinatorActor:

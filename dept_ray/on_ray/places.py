@@ -23,7 +23,7 @@ from dept_ray.rounds.methods import method_of, resources_of
 from dept_ray.rounds.pool import MakeSilo
 from dept_ray.silo.hardware import MALLOC_SETTINGS
 from dept_ray.silo.silo import open_corpora
-from dept_ray.text.prepare import prepare
+from dept_ray.text.prepare import prepare, tokenizer_kind
 
 LOOK_EVERY_S = 0.5
 _PING_S = 5.0
@@ -107,7 +107,7 @@ class Places:
 
         try:
             with self._one_at_a_time:
-                prepare(job, "own" if method_of(job).vocabulary == "own" else "global", ray_data_runner(job))
+                prepare(job, tokenizer_kind(method_of(job).vocabulary), ray_data_runner(job))
             self._prepared.put(silo)
         except DeptError as err:
             self.failed[silo] = err

@@ -11,20 +11,21 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
-from dept_ray.config import Job, RegionsSection
+from dept_ray.config import Job
 from dept_ray.draws import digest
-from dept_ray.errors import DeptError, RunError, ShardError, SiloError, StoreError
+from dept_ray.errors import DeptError, RunError, SiloError, StoreError, discreet
 from dept_ray.messages import RoundOrder, SiloStatus, SiloUpdate
 from dept_ray.rounds.letters import Mailbox, seal
 from dept_ray.rounds.mailbox import BEAT, RUN
 from dept_ray.rounds.methods import method_of
 from dept_ray.rounds.pool import LocalPool, SiloPool
 from dept_ray.rounds.regions import Serves, by_labels, job_of_region, region_name
-from dept_ray.text.prepare import corpus_folder, prepare
+from dept_ray.sections import RegionsSection
+from dept_ray.text.prepare import corpus_folder, prepare, tokenizer_kind
 
 Prepare = Callable[[Job], None]
 """Makes tokens of the text of a job's sources, skipping what is there."""
@@ -68,7 +69,6 @@ class Agent:
         """Beats, the last order that was begun, the last whose answers are written."""
         self._answers: dict[str, Any] = {}
         """Letters that could not be written yet, by path."""
-        self._order: str | None = None
         self._beating = threading.Lock()
 
     # ------------------------------------------------------------------------------------------ looking
@@ -154,12 +154,10 @@ class Agent:
                     tokenizer = corpus_folder(job, job.sources[0].name, "global") / "tokenizer.json"
                     self._tokenizer = digest(tokenizer.read_bytes())
                 self._phase = "opening"
-                pool = self.make_pool()
-                try:
+                with ExitStack() as unless_open:
+                    unless_open.callback((pool := self.make_pool()).close)
                     pool.open(job, first)
-                except BaseException:
-                    pool.close()
-                    raise
+                    unless_open.pop_all()
                 self.pool = pool
             self._ready = self.pool.ready()
         except DeptError as err:
@@ -169,9 +167,11 @@ class Agent:
         return None
 
     def _untold(self, err: Exception) -> DeptError:
-        """What may leave of an exception: its text may hold an id, a shape or a piece of text."""
-        traceback.print_exception(err)
-        return SiloError(f"{type(err).__name__}; the log of region {self.name} says more")
+        """What may leave of an exception; the rest is printed here."""
+        told = discreet(err, f"the log of region {self.name}")
+        if told is not err:
+            traceback.print_exception(err)
+        return told
 
     # ------------------------------------------------------------------------------------------ orders
     def _obey(self) -> None:
@@ -203,8 +203,8 @@ class Agent:
             except Exception as err:  # noqa: BLE001 - a bug ends no agent
                 answers |= dict.fromkeys(there, self._untold(err))
         for silo, answer in sorted(answers.items()):
-            leaves = isinstance(answer, SiloUpdate | RunError | ShardError)  # as from a silo's process on Ray
-            self._answers[f"update-{self.opening}-{number}-{silo}"] = answer if leaves else self._untold(answer)
+            told = answer if isinstance(answer, SiloUpdate) else self._untold(answer)
+            self._answers[f"update-{self.opening}-{number}-{silo}"] = told
         self._write_answers()
 
     def _write_answers(self) -> None:
@@ -251,8 +251,7 @@ class Agent:
             while not done.wait(self.settings.look_every_s):
                 with suppress(RunError):
                     self._beat()
-                    names = self.box.names(self.name)
-                    if not handed_in and (f"stop-{order}" in names or f"order-{order}" not in names):
+                    if not handed_in and self._unwanted(str(order)):
                         assert self.pool is not None
                         self.pool.hand_in()
                         handed_in = True
@@ -264,6 +263,11 @@ class Agent:
         finally:
             done.set()
             watcher.join()
+
+    def _unwanted(self, order: str) -> bool:
+        """Whether what an order has is wanted now, or nobody waits for it any more."""
+        names = self.box.names(self.name)
+        return f"stop-{order}" in names or f"order-{order}" not in names
 
 
 def local_region(mailbox: str, labels: Mapping[str, str], folder: str | None, tell: Callable[[str], None]) -> Agent:
@@ -281,4 +285,4 @@ def prepare_here(job: Job) -> None:
     Raises:
         DataError: the text cannot be prepared.
     """
-    prepare(job, "own" if method_of(job).vocabulary == "own" else "global")
+    prepare(job, tokenizer_kind(method_of(job).vocabulary))

@@ -36,7 +36,7 @@ import numpy as np
 
 from dept_ray.codec import decoded
 from dept_ray.config import Job
-from dept_ray.messages import Delta, RoundOrder, Score, SiloUpdate
+from dept_ray.messages import Delta, Held, RoundOrder, Score, SiloUpdate
 from dept_ray.rounds.membership import Verdict
 from dept_ray.rounds.state import RunState
 from dept_ray.silo import score as figures
@@ -155,12 +155,8 @@ def _mean(scores: Sequence[Score]) -> dict[str, float]:
 
 def payload_bytes(message: "RoundOrder | SiloUpdate") -> int:
     """Bytes of the vectors in a message, as they travel; the rest is some hundred bytes."""
-    body, rows = (
-        (message.delta("body"), message.delta("rows"))
-        if isinstance(message, SiloUpdate)
-        else (message.body, message.rows)
-    )
-    return sum(array.nbytes for array in (body, rows) if array is not None)
+    vectors = [vector for vector in (message.body, message.rows) if vector is not None]
+    return sum((vector.fetch() if isinstance(vector, Held) else vector).nbytes for vector in vectors)
 
 
 def _silo(down_bytes: int, up_bytes: int, update: SiloUpdate, moved: np.ndarray | None) -> dict[str, Any]:

@@ -16,9 +16,10 @@ The rest of the package consults these facts and never a method's name. This fil
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from dept_ray.config import Job, Resources
+from dept_ray.config import Job
 from dept_ray.errors import ConfigError
 from dept_ray.method_names import MethodName
+from dept_ray.sections import Resources
 
 Vocabulary = Literal["global", "trimmed", "own"]
 ShareRows = Literal["none", "owned", "all"]

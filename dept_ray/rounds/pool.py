@@ -16,7 +16,7 @@ from dept_ray.messages import RoundOrder, SiloCard, SiloSpec, SiloStatus, SiloUp
 from dept_ray.rounds.methods import method_of, resources_of, silos_of, silos_per_round
 from dept_ray.silo.hardware import compile_pays, threads_for
 from dept_ray.silo.silo import Silo
-from dept_ray.text.prepare import prepare
+from dept_ray.text.prepare import prepare, tokenizer_kind
 
 Deadline = Callable[[Sequence[float]], float]
 """Seconds that a round may take, given what those took who have answered in it already."""
@@ -163,7 +163,7 @@ class LocalPool:
 
     def add(self, job: Job, silo: str) -> None:
         if silo not in self.silos:
-            prepare(job, "own" if method_of(job).vocabulary == "own" else "global")
+            prepare(job, tokenizer_kind(method_of(job).vocabulary))
             self.silos[silo] = self.make(job, specs_of(job, self.first)[silo])
 
     def ready(self) -> set[str]:

@@ -48,7 +48,7 @@ def train(job: Job, pool: SiloPool, store: RunStore, log: Log, control: Control)
     state = store.load(corpora_of(pool.cards)) or fresh_state(job, method_of(job), pool.cards)
     history, commit = store.history(), Commit()
     while True:
-        if not pool.remote or control.asks(state.round) or state.round >= job.rounds.total:
+        if not pool.remote or control.asks or state.round >= job.rounds.total:
             commit()
             if control.take_checkpoint(state.round):
                 store.keep(state.round)

@@ -31,7 +31,7 @@ from dept_ray.silo.score import score_corpus, score_text
 from dept_ray.silo.snapshot import load_snapshot, prune_snapshots, save_snapshot, snapshot_name
 from dept_ray.silo.team import Team
 from dept_ray.silo.wire import Shared, Wire
-from dept_ray.text.prepare import corpus_folder
+from dept_ray.text.prepare import corpus_folder, tokenizer_kind
 from dept_ray.text.shards import Corpus, open_corpus
 from dept_ray.text.stream import MixedStream, Position, Read, Stream
 from dept_ray.text.tokenizer import Vocabulary
@@ -51,7 +51,7 @@ def open_corpora(job: Job, spec: SiloSpec) -> dict[str, Corpus]:
     Raises:
         ShardError: a source is not prepared, or its shards were altered.
     """
-    kind = "own" if spec.vocabulary == "own" else "global"
+    kind = tokenizer_kind(spec.vocabulary)
     return {name: open_corpus(corpus_folder(job, name, kind)) for name in (*spec.sources, *spec.held_out)}
 
 

@@ -14,8 +14,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from dept_ray.config import FilesSource, HubSource, InstalledSource
 from dept_ray.errors import SourceError
+from dept_ray.sections import FilesSource, HubSource, InstalledSource
 from dept_ray.text.files import Side, file_documents, no_column, no_string
 from dept_ray.text.installed import installed_documents
 

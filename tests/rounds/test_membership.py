@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 from tiny import a_card, an_answer
 
-from dept_ray.config import FaultsSection, Job
+from dept_ray.config import Job
 from dept_ray.errors import QuorumLost, SiloError, StoreError
 from dept_ray.jobfile import parse_job
 from dept_ray.messages import RoundOrder, SiloCard, SiloStatus, SiloUpdate
 from dept_ray.rounds.control import Control
+from dept_ray.rounds.folder import load_round, run_folder
 from dept_ray.rounds.membership import choose, deadline_s, judge, refusal
 from dept_ray.rounds.pool import Deadline, Meanwhile, nothing
-from dept_ray.rounds.store import RunStore, load_round, run_folder
+from dept_ray.rounds.store import RunStore
 from dept_ray.rounds.train import train
+from dept_ray.sections import FaultsSection
 
 SILOS = ("a", "b", "c", "d", "e")
 

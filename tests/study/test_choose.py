@@ -10,7 +10,7 @@ from dept_ray.client import Run
 from dept_ray.config import Job
 from dept_ray.errors import ConfigError, VocabularyError
 from dept_ray.in_process import train_here
-from dept_ray.rounds.store import run_folder
+from dept_ray.rounds.folder import run_folder
 from dept_ray.study.choose import Choice, choose_source
 
 UNSEEN = range(DOCUMENTS, DOCUMENTS + HELD_OUT)
