@@ -301,7 +301,9 @@ def _train_here(job: "Job", console: "Console") -> list[dict[str, Any]]:
     from dept_ray.metrics import read_records
     from dept_ray.rounds.control import Control
     from dept_ray.rounds.folder import run_folder
+    from dept_ray.silo.memory import keep_freed_memory
 
+    keep_freed_memory()
     control = Control()
 
     def stop(*signal_and_frame: Any) -> None:

@@ -51,7 +51,7 @@ class SiloCard:
 
     def rows_of(self, num_rows: int) -> np.ndarray | slice:
         """Which of the `num_rows` shared rows (`RunState.rows`) it owns: its token rows, then all positions."""
-        if self.owned_rows is None:
+        if self.owned_rows is None or len(self.owned_rows) == self.global_vocabulary_size:
             return slice(None)
         return np.concatenate([self.owned_rows, np.arange(self.global_vocabulary_size, num_rows)])
 

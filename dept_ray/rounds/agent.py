@@ -10,7 +10,7 @@ import secrets
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -130,41 +130,52 @@ class Agent:
             self._answers, self._cards, self._failed, self._silos = {}, {}, {}, []
         self.opening, self._word, self.settings = said["opening"], said["word"], whole.regions
         job = job_of_region(whole, self.serves, self.labels, self.folder)
-        before, self._silos = set(self._silos), [source.name for source in job.sources]
+        self._silos = [source.name for source in job.sources]
         self.tell(f"run {job.name}: {len(self._silos)} of its {len(whole.sources)} sources are here")
         with self._meanwhile():
-            reason = self._place(job, first) if job.sources else None
+            self._failed = self._place(job, first)
         self._phase = "open"
-        if reason is None:
-            self._failed = {}
-        else:
-            self._failed |= dict.fromkeys(set(self._silos) - before, reason)
-            self.tell(f"its silos cannot be made: {reason}")
+        for silo, reason in self._failed.items():
+            self.tell(f"silo {silo} cannot be made: {reason}")
 
-    def _place(self, job: Job, first: Job) -> DeptError | None:
-        """Make the silos of a job, or those that joined it; why they cannot be made."""
-        try:
-            if self.pool is not None:
-                for silo in self._silos:
+    def _place(self, job: Job, first: Job) -> dict[str, DeptError]:
+        """Make the silos of a job that are not there yet; who cannot be made, and why."""
+        failed = dict[str, DeptError]()
+        if self.pool is None:
+            standing = [source.name for source in job.sources if not source.joined]
+            for silos in [standing] if standing else [[name] for name in self._silos]:
+                with self._noting(failed, silos):
+                    self._open(_only(job, silos), first)
+                    break
+        if self.pool is not None:
+            for silo in sorted(set(self._silos) - self.pool.cards.keys()):
+                with self._noting(failed, [silo]):
                     self.pool.add(job, silo)
-            else:
-                self._phase = "preparing"
-                self.prepare(job)
-                if method_of(job).vocabulary != "own":
-                    tokenizer = corpus_folder(job, job.sources[0].name, "global") / "tokenizer.json"
-                    self._tokenizer = digest(tokenizer.read_bytes())
-                self._phase = "opening"
-                with ExitStack() as unless_open:
-                    unless_open.callback((pool := self.make_pool()).close)
-                    pool.open(job, first)
-                    unless_open.pop_all()
-                self.pool = pool
-            self._ready = self.pool.ready()
-        except DeptError as err:
-            return err
+            with self._noting(failed, self._silos):
+                self._ready = self.pool.ready()
+        return failed
+
+    @contextmanager
+    def _noting(self, failed: dict[str, DeptError], silos: Iterable[str]) -> Iterator[None]:
+        """What goes wrong here is why these silos cannot be made; it ends no agent."""
+        try:
+            yield
         except Exception as err:  # noqa: BLE001 - a bug ends no agent
-            return self._untold(err)
-        return None
+            failed |= dict.fromkeys(silos, err if isinstance(err, DeptError) else self._untold(err))
+
+    def _open(self, job: Job, first: Job) -> None:
+        """Prepare the text of a job, and make its silos."""
+        self._phase = "preparing"
+        self.prepare(job)
+        if method_of(job).vocabulary != "own":
+            tokenizer = corpus_folder(job, job.sources[0].name, "global") / "tokenizer.json"
+            self._tokenizer = digest(tokenizer.read_bytes())
+        self._phase = "opening"
+        with ExitStack() as unless_open:
+            unless_open.callback((pool := self.make_pool()).close)
+            pool.open(job, first)
+            unless_open.pop_all()
+        self.pool = pool
 
     def _untold(self, err: Exception) -> DeptError:
         """What may leave of an exception; the rest is printed here."""
@@ -268,6 +279,11 @@ class Agent:
         """Whether what an order has is wanted now, or nobody waits for it any more."""
         names = self.box.names(self.name)
         return f"stop-{order}" in names or f"order-{order}" not in names
+
+
+def _only(job: Job, silos: Collection[str]) -> Job:
+    """The job with only these of its sources."""
+    return job.model_copy(update={"sources": tuple(source for source in job.sources if source.name in silos)})
 
 
 def local_region(mailbox: str, labels: Mapping[str, str], folder: str | None, tell: Callable[[str], None]) -> Agent:

@@ -22,7 +22,6 @@ import torch
 from dept_ray.config import Job
 from dept_ray.errors import SiloError
 from dept_ray.messages import RoundOrder, SiloSpec
-from dept_ray.silo.hardware import MALLOC_SETTINGS
 from dept_ray.silo.team import ALONE, Team, join, new_store
 
 _LOOK_EVERY_S = 0.02
@@ -158,7 +157,7 @@ def start_processes(port: int, spec: SiloSpec) -> Crew:
     env = os.environ | {"PYTHONPATH": paths, "TORCH_CPP_LOG_LEVEL": "ERROR"}
     processes = []
     for rank in range(1, spec.ranks):
-        own = {"CUDA_VISIBLE_DEVICES": seen[rank]} if spec.gpu else MALLOC_SETTINGS
+        own = {"CUDA_VISIBLE_DEVICES": seen[rank]} if spec.gpu else {}
         command = [sys.executable, "-m", "dept_ray.silo.follower", str(port), str(rank)]
         # A session of its own: Ctrl-C is rank 0's to hear.
         processes.append(subprocess.Popen(command, env=env | own, stdin=subprocess.PIPE, start_new_session=True))

@@ -18,6 +18,7 @@ from dept_ray.config import Job
 from dept_ray.errors import discreet
 from dept_ray.messages import RoundOrder, SiloSpec
 from dept_ray.sections import WireSection
+from dept_ray.silo.memory import keep_freed_memory
 from dept_ray.silo.silo import Silo
 from dept_ray.silo.team import join, open_store
 
@@ -76,5 +77,6 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     follow(int(sys.argv[1]), int(sys.argv[2]))

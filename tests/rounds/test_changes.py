@@ -205,6 +205,8 @@ def test_what_cannot_join_or_leave_is_refused_by_name(tiny):
     job = tiny("spec", **SHORT)
     with pytest.raises(ConfigError, match=r'sources: the name "latin" stands twice'):
         check_change(job, dialect(job, "latin"))
+    with pytest.raises(ConfigError, match=r"sources\.dialect\.held_out = true: under method"):
+        check_change(job, dialect(job, held_out=True))
     with pytest.raises(ConfigError, match=r"sources\.dialect\.colum: unknown key; did you mean column\?"):
         check_change(job, dialect(job, colum="x"))
     for change in ({"drop": "latn"}, {"return": "latn"}):
