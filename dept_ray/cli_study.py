@@ -33,10 +33,8 @@ def study(
         _show_plan(asked)
         return
     try:
-        if parallel > 1:
-            studying.prepare_all(asked, address, local)
-        train = studying.here if local else studying.on_ray(address)
-        studying.run_study(asked, train, parallel, retry, click.echo)
+        train = studying.here if local else studying.on_ray(address, parallel)
+        studying.run_study(asked, train, retry, click.echo)
     except KeyboardInterrupt:
         click.echo("stopped; the same command goes on", err=True)
         raise SystemExit(130) from None

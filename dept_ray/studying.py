@@ -5,15 +5,15 @@ and what was cut off goes on: the same call again does the rest.
 """
 
 import json
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from dept_ray.client import Run, write_report
 from dept_ray.config import Job
 from dept_ray.errors import RunError, StoreError, WrongRunError
 from dept_ray.in_process import train_here
-from dept_ray.preparing import prepare
 from dept_ray.rounds.folder import in_progress, run_folder
 from dept_ray.study.cells import Cell, cells_of
 from dept_ray.study.outcomes import Outcome, check_origin, outcomes_of
@@ -21,8 +21,9 @@ from dept_ray.study.study_file import Study
 from dept_ray.study.study_table import as_json, markdown
 from dept_ray.text.shards import write_atomically
 
-Train = Callable[[Job], None]
-"""Trains a job to its last round, and returns when it is over."""
+_LOOK_EVERY_S = 0.5
+Train = Callable[[Sequence[Job]], Generator[tuple[Job, str]]]
+"""Trains jobs to their last rounds, and yields each when it is over, with the reason if it failed."""
 Tell = Callable[[str], None]
 
 
@@ -46,15 +47,14 @@ def known(study: Study) -> tuple[list[Cell], dict[str, Outcome]]:
         outcomes = found
 
 
-def run_study(study: Study, train: Train, at_once: int = 1, retry: bool = False, tell: Tell = silent) -> None:
+def run_study(study: Study, train: Train, retry: bool = False, tell: Tell = silent) -> None:
     """Run what is not over yet.
 
     Args:
         study: what to run.
         train: `here`, or `on_ray`.
-        at_once: runs side by side.
         retry: run again what failed.
-        tell: called with a line before and after each run.
+        tell: called with a line when a run is over.
 
     Raises:
         DeptError: what concerns more than one run: text that cannot be prepared, a cluster that is not there, a folder
@@ -64,67 +64,79 @@ def run_study(study: Study, train: Train, at_once: int = 1, retry: bool = False,
     for cell in cells:
         check_origin(cell.job)
         if retry and cell.name in outcomes and not outcomes[cell.name].finished:
-            _error_file(cell).unlink(missing_ok=True)
+            _error_file(cell.job).unlink(missing_ok=True)
     while True:
         cells, outcomes = known(study)
-        due = [cell for cell in cells if cell.name not in outcomes]
         write_tables(study)
+        due = [cell.job for cell in cells if cell.name not in outcomes]
         if not due:
             return
-        if at_once == 1:  # in this thread, where a debugger and Ctrl-C find it
-            for cell in due:
-                _run(cell, train, tell)
-        else:
-            with ThreadPoolExecutor(at_once) as threads:
-                for done in [threads.submit(_run, cell, train, tell) for cell in due]:
-                    done.result()
+        for job in due:
+            if (where := in_progress(run_folder(job))) is not None:
+                raise RunError(f"run {job.name} is in progress ({where}): wait for it, or stop it, then study again")
+        tell(f"{len(due)} runs to do")
+        with closing(train(due)) as over:
+            for job, error in over:
+                tell(_told(job, error))
 
 
-def _run(cell: Cell, train: Train, tell: Tell) -> None:
-    if (where := in_progress(run_folder(cell.job))) is not None:
-        raise RunError(f"run {cell.name} is in progress ({where}): wait for it, or stop it, then study again")
-    tell(f"{cell.name}: begins")
-    try:
-        train(cell.job)
-    except (StoreError, WrongRunError):
-        raise
-    except RunError as err:
-        _error_file(cell).write_text(f"{type(err).__name__}: {err}")
-    outcome = outcomes_of([cell.job]).get(cell.name)
+def _told(job: Job, error: str) -> str:
+    """What became of a run that is over; a failure is put where the next one who asks will find it.
+
+    Raises:
+        RunError: it is not over: somebody stopped it.
+    """
+    if error:
+        _error_file(job).write_text(error)
+    outcome = outcomes_of([job]).get(job.name)
     if outcome is None:
-        raise RunError(f"run {cell.name} was stopped before its last round: the same command goes on with it")
-    tell(f"{cell.name}: {outcome.error or f'{outcome.worth:.4f} bits/byte, {outcome.seconds:.0f} s of rounds'}")
+        raise RunError(f"run {job.name} was stopped before its last round: the same command goes on with it")
+    return f"{job.name}: {outcome.error or f'{outcome.worth:.4f} bits/byte, {outcome.seconds:.0f} s of rounds'}"
 
 
-def _error_file(cell: Cell) -> Path:
-    return run_folder(cell.job) / "error.txt"
+def _error_file(job: Job) -> Path:
+    return run_folder(job) / "error.txt"
 
 
 # ------------------------------------------------------------------------------------------------ where runs train
-def here(job: Job) -> None:
-    """In this process, without Ray."""
-    train_here(job, lambda record: None)
+def here(jobs: Sequence[Job]) -> Generator[tuple[Job, str]]:
+    """One after the other in this process, without Ray."""
+    for job in jobs:
+        error = ""
+        try:
+            train_here(job, lambda record: None)
+        except (StoreError, WrongRunError):  # no word on the method
+            raise
+        except RunError as err:
+            error = f"{type(err).__name__}: {err}"
+        yield job, error
 
 
-def on_ray(address: str | None = None) -> Train:
-    """On a cluster; None: RAY_ADDRESS, else a local Ray of this process."""
-    from rich.console import Console
+def on_ray(address: str | None = None, at_once: int = 1) -> Train:
+    """On a cluster, some side by side.
 
-    def train(job: Job) -> None:
-        Run.start(job, address).follow(Console(quiet=True))
+    Args:
+        address: of the cluster; None: RAY_ADDRESS, else a local Ray of this process.
+        at_once: runs in progress, at most. Text is prepared before a run starts, by one at a time.
+    """
+
+    def train(jobs: Sequence[Job]) -> Generator[tuple[Job, str]]:
+        waiting, live = list(reversed(jobs)), list[Run]()
+        try:
+            while waiting or live:
+                while waiting and len(live) < at_once:
+                    live.append(Run.start(waiting.pop(), address))
+                for run in list(live):
+                    if (status := run.status()).over:
+                        run.kill()  # its processes make room for the next run's
+                        live.remove(run)
+                        yield run.job, status.error
+                time.sleep(_LOOK_EVERY_S)
+        finally:
+            for run in live:
+                run.kill()
 
     return train
-
-
-def prepare_all(study: Study, address: str | None, local: bool) -> None:
-    """The text of all bodies, one after the other: runs side by side would prepare the same at once.
-
-    Raises:
-        DataError: it cannot be prepared.
-    """
-    for cell in known(study)[0]:
-        if not cell.adaptation:
-            prepare(cell.job, address, local=local)
 
 
 # ------------------------------------------------------------------------------------------------ what comes of it

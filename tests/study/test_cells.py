@@ -2,27 +2,18 @@
 
 import doctest
 from pathlib import Path
-from typing import Any
 
 import pytest
-from tiny import tiny_job
+from tiny import tiny_study
 
 from dept_ray.errors import ConfigError
 from dept_ray.study import cells as module
 from dept_ray.study import study_file
 from dept_ray.study.cells import Cell, all_cells, cells_of
 from dept_ray.study.outcomes import Outcome
-from dept_ray.study.study_file import Study, load_study
+from dept_ray.study.study_file import load_study
 
 JOBS = Path(__file__).parents[2] / "jobs"
-
-
-def a_study(folder: Path, variants: dict[str, Any], held_out: tuple[str, ...] = (), **more: Any) -> Study:
-    """Of the tiny job."""
-    job = tiny_job(folder, "spec-opt").model_dump(mode="json", exclude_unset=True, exclude={"name", "folder"})
-    for source in job["sources"]:
-        source["held_out"] = source["name"] in held_out
-    return Study.model_validate({"name": "s", "folder": str(folder), "job": job, "variants": variants, **more})
 
 
 def finished(bits: float = 3.0) -> Outcome:
@@ -40,7 +31,7 @@ def test_the_examples_in_docstrings_hold() -> None:
 def test_plain_training_is_matched_by_steps_or_by_tokens(tmp_path: Path) -> None:
     std = {"method": "std"}
     variants = {"spec": {"job": {"method": "spec"}}, "steps": {"job": std, "match": "steps"}, "tokens": {"job": std}}
-    spec, steps, tokens = cells_of(a_study(tmp_path, variants), {})
+    spec, steps, tokens = cells_of(tiny_study(tmp_path, variants), {})
     assert steps.job.total_steps == spec.job.total_steps == 12
     assert tokens.tokens == spec.tokens == 3 * steps.tokens
     assert tokens.job.inner.local_steps == 4, "rounds are as long: what is drawn anew each round is so as often a step"
@@ -49,13 +40,13 @@ def test_plain_training_is_matched_by_steps_or_by_tokens(tmp_path: Path) -> None
 
 def test_shorter_rounds_are_more_rounds(tmp_path: Path) -> None:
     variants = {"half": {"job": {"inner": {"local_steps": 2}}}, "small": {"job": {"inner": {"batch_size": 2}}}}
-    half, small = cells_of(a_study(tmp_path, variants), {})
+    half, small = cells_of(tiny_study(tmp_path, variants), {})
     assert (half.job.rounds.total, small.job.rounds.total) == (6, 6)
     assert half.tokens == small.tokens
 
 
 def test_what_cannot_be_matched_is_refused(tmp_path: Path) -> None:
-    study = a_study(tmp_path, {"odd": {"job": {"inner": {"local_steps": 5}}}})
+    study = tiny_study(tmp_path, {"odd": {"job": {"inner": {"local_steps": 5}}}})
     with pytest.raises(ConfigError, match=r"variants\.odd\]: 4,608 tokens, .* no whole number of rounds of 1,920"):
         cells_of(study, {})
 
@@ -63,13 +54,13 @@ def test_what_cannot_be_matched_is_refused(tmp_path: Path) -> None:
 def test_the_length_of_a_run_is_no_variant_s_business(tmp_path: Path) -> None:
     for wrong in ({"job": {"rounds": {"total": 9}}}, {"sweep": {"rounds.total": (1, 2)}}):
         with pytest.raises(ValueError, match=r"variants\.v: rounds\.total cannot vary, for it is matched"):
-            a_study(tmp_path, {"v": wrong})
+            tiny_study(tmp_path, {"v": wrong})
     with pytest.raises(ValueError, match="seed cannot vary, for the study sets it"):
-        a_study(tmp_path, {"v": {"job": {"seed": 3}}})
+        tiny_study(tmp_path, {"v": {"job": {"seed": 3}}})
 
 
 def test_a_grid_is_a_row_for_each_value_and_each_seed_a_run(tmp_path: Path) -> None:
-    study = a_study(tmp_path, {"spec": {}}, grid={"inner.lr": (0.1, 0.2)}, seeds=(0, 1))
+    study = tiny_study(tmp_path, {"spec": {}}, grid={"inner.lr": (0.1, 0.2)}, seeds=(0, 1))
     found = cells_of(study, {})
     assert names(found) == ["s.spec.lr0.1.s0", "s.spec.lr0.1.s1", "s.spec.lr0.2.s0", "s.spec.lr0.2.s1"]
     assert [cell.row for cell in found[1:3]] == ["spec lr 0.1", "spec lr 0.2"]
@@ -77,7 +68,9 @@ def test_a_grid_is_a_row_for_each_value_and_each_seed_a_run(tmp_path: Path) -> N
 
 
 def test_a_sweep_is_tried_under_the_first_seed_and_its_best_taken_under_all(tmp_path: Path) -> None:
-    study = a_study(tmp_path, {"std": {"job": {"method": "std"}, "sweep": {"inner.lr": (0.1, 0.2, 0.3)}}}, seeds=(0, 1))
+    study = tiny_study(
+        tmp_path, {"std": {"job": {"method": "std"}, "sweep": {"inner.lr": (0.1, 0.2, 0.3)}}}, seeds=(0, 1)
+    )
     trials = cells_of(study, {})
     assert [cell.seed for cell in trials] == [0, 0, 0]
     assert not any(cell.taken for cell in trials)
@@ -87,7 +80,7 @@ def test_a_sweep_is_tried_under_the_first_seed_and_its_best_taken_under_all(tmp_
 
 
 def test_a_body_is_adapted_when_it_is_trained_and_not_when_it_failed(tmp_path: Path) -> None:
-    study = a_study(tmp_path, {"std": {"job": {"method": "std"}}}, adaptations={"random": {}}, seeds=(0, 1))
+    study = tiny_study(tmp_path, {"std": {"job": {"method": "std"}}}, adaptations={"random": {}}, seeds=(0, 1))
     assert names(cells_of(study, {})) == ["s.std.s0", "s.std.s1"]
     known = {"s.std.s0": finished(), "s.std.s1": Outcome("failed", error="diverged")}
     assert names(cells_of(study, known))[2:] == ["s.std.s0.random"]
@@ -99,7 +92,7 @@ def test_every_body_is_adapted_alike_whatever_it_was_trained_with(tmp_path: Path
         "tokens": {"job": {"method": "std", "inner": {"lr": 0.1}}},
         "opt": {"job": {"tokenizer": {"vocab_size": 260}, "inner": {"local_steps": 2, "optimizer": "muon"}}},
     }
-    study = a_study(tmp_path, variants, held_out=("numbers",), adaptations={"random": {}})
+    study = tiny_study(tmp_path, variants, held_out=("numbers",), adaptations={"random": {}})
     tokens, opt = (cell.job for cell in all_cells(study, {}) if cell.adaptation)
     assert tokens.held_out == opt.held_out == ("numbers",)
     assert (tokens.total_steps, tokens.tokenizer) == (opt.total_steps, opt.tokenizer)
@@ -110,36 +103,36 @@ def test_every_body_is_adapted_alike_whatever_it_was_trained_with(tmp_path: Path
 
 
 def test_what_is_held_out_trains_no_body(tmp_path: Path) -> None:
-    for cell in cells_of(a_study(tmp_path, {"std": {"job": {"method": "std"}}, "spec": {}}, ("numbers",)), {}):
+    for cell in cells_of(tiny_study(tmp_path, {"std": {"job": {"method": "std"}}, "spec": {}}, ("numbers",)), {}):
         assert [source.name for source in cell.job.sources] == ["code", "latin"]
 
 
 def test_of_bodies_that_stay_home_each_is_adapted(tmp_path: Path) -> None:
-    study = a_study(tmp_path, {"alone": {"job": {"method": "isolated"}}}, ("numbers",), adaptations={"random": {}})
+    study = tiny_study(tmp_path, {"alone": {"job": {"method": "isolated"}}}, ("numbers",), adaptations={"random": {}})
     assert names(all_cells(study, {}))[1:] == ["s.alone.s0.random.of-code", "s.alone.s0.random.of-latin"]
 
 
 def test_an_embedding_of_its_own_is_gone_on_with_where_there_is_one(tmp_path: Path) -> None:
     variants = {method: {"job": {"method": method}} for method in ("std", "glob", "trim", "spec", "spec-opt")}
-    study = a_study(tmp_path, variants, adaptations={"own": {"job": {"init": {"embedding": "own"}}}})
+    study = tiny_study(tmp_path, variants, adaptations={"own": {"job": {"init": {"embedding": "own"}}}})
     adapted = [cell for cell in all_cells(study, {}) if cell.adaptation]
     assert [cell.variant for cell in adapted] == ["std", "glob", "trim"]
     assert {cell.job.inner.lr for cell in adapted} == {5e-3}
 
 
 def test_dealt_text_is_in_as_many_silos_as_there_are_sources(tmp_path: Path) -> None:
-    glob, dealt = cells_of(a_study(tmp_path, {"glob": {}, "dealt": {"dealt": True}}), {})
+    glob, dealt = cells_of(tiny_study(tmp_path, {"glob": {}, "dealt": {"dealt": True}}), {})
     assert [source.name for source in dealt.job.sources] == ["share-0", "share-1", "share-2"]
     assert dealt.tokens == glob.tokens
 
 
 def test_two_runs_of_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"two runs would be called s\.v\.lr0\.5\.s0"):
-        cells_of(a_study(tmp_path, {"v": {}}, grid={"inner.lr": (0.5, 0.50)}), {})
+        cells_of(tiny_study(tmp_path, {"v": {}}, grid={"inner.lr": (0.5, 0.50)}), {})
 
 
 @pytest.mark.parametrize("path", sorted(JOBS.glob("study_*.toml")), ids=lambda path: path.stem)
-def test_every_study_file_is_a_study(path: Path, tmp_path: Path) -> None:
+def test_every_study_file_is_tiny_study(path: Path, tmp_path: Path) -> None:
     study = load_study(path, folder=str(tmp_path))
     assert study.name == path.stem
     tokens = {cell.tokens for cell in cells_of(study, {}) if study.variants[cell.variant].match == "tokens"}

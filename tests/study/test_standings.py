@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 import pytest
-from tiny import tiny_job
+from tiny import tiny_study
 
 from dept_ray.study import standings as module
 from dept_ray.study.cells import Cell, cells_of
@@ -20,14 +20,12 @@ UNIGRAM = 4.0
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     folder = tmp_path_factory.mktemp("standings")
-    job = tiny_job(folder).model_dump(mode="json", exclude_unset=True, exclude={"name", "folder"})
     variants: dict[str, Any] = {
         "std": {"job": {"method": "std"}, "baseline": True},
         "act": {"job": {"method": "act"}, "baseline": True},
         "spec": {"job": {"method": "spec"}},
     }
-    more = {"seeds": (0, 1), "adaptations": {"random": {}}}
-    return Study.model_validate({"name": "s", "folder": str(folder), "job": job, "variants": variants, **more})
+    return tiny_study(folder, variants, seeds=(0, 1), adaptations={"random": {}})
 
 
 def scored(inside: float, outside: float | None = None) -> Outcome:

@@ -1,17 +1,18 @@
 """A study runs what is not done, takes a failure for a result, and ends with its tables and pages."""
 
 import json
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from test_cells import a_study
+from tiny import tiny_study
 
 from dept_ray import studying
 from dept_ray.cli import main
 from dept_ray.config import Job
-from dept_ray.errors import QuorumLost, RunError, SourceError, WrongRunError
+from dept_ray.errors import RunError, SourceError, WrongRunError
 from dept_ray.metrics import read_records
 from dept_ray.rounds.folder import run_folder
 from dept_ray.study.study_file import Study
@@ -29,7 +30,7 @@ ADAPTATIONS = {"random": {"job": {"rounds": {"total": 1}}}}
 def done(tmp_path_factory: pytest.TempPathFactory) -> Study:
     """A study that ran to its end; to be read only."""
     folder = tmp_path_factory.mktemp("study")
-    study = a_study(folder, VARIANTS, ("numbers",), adaptations=ADAPTATIONS)
+    study = tiny_study(folder, VARIANTS, ("numbers",), adaptations=ADAPTATIONS)
     run_study(study, here)
     return study
 
@@ -56,8 +57,9 @@ def test_the_table_has_a_line_a_variant_and_the_pages_open(done: Study) -> None:
 
 
 def test_what_is_done_is_not_done_again(done: Study) -> None:
-    def never(job: Job) -> None:
-        raise AssertionError(job.name)
+    def never(jobs: Sequence[Job]) -> Generator[tuple[Job, str]]:
+        raise AssertionError(jobs)
+        yield
 
     before = (folder_of(done) / "figures.json").read_bytes()
     run_study(done, never)
@@ -121,36 +123,45 @@ def test_side_by_side_is_for_a_cluster(tmp_path: Path) -> None:
 # Failing.
 
 
-def fake(study: Study, fails: type[Exception] | None) -> tuple[list[str], studying.Train]:
-    """Runs that begin and fail, without training."""
+def fake(error: str = "", fails: type[Exception] | None = None) -> tuple[list[str], studying.Train]:
+    """Runs that begin and are over, without training."""
     asked: list[str] = []
 
-    def train(job: Job) -> None:
-        asked.append(job.name)
-        run_folder(job).mkdir(parents=True, exist_ok=True)
-        (run_folder(job) / "config.json").write_text(json.dumps({"identity": job.identity}))
-        if fails is not None:
-            raise fails("loss: nan, training diverged")
+    def train(jobs: Sequence[Job]) -> Generator[tuple[Job, str]]:
+        for job in jobs:
+            asked.append(job.name)
+            run_folder(job).mkdir(parents=True, exist_ok=True)
+            (run_folder(job) / "config.json").write_text(json.dumps({"identity": job.identity}))
+            if fails is not None:
+                raise fails("no")
+            yield job, error
 
     return asked, train
 
 
 def test_a_run_that_fails_is_a_result_and_not_the_end(tmp_path: Path) -> None:
-    study = a_study(tmp_path, {"a": {}, "b": {}}, adaptations=ADAPTATIONS)
-    asked, train = fake(study, QuorumLost)
-    run_study(study, train, at_once=2)
-    assert sorted(asked) == ["s.a.s0", "s.b.s0"]
+    study = tiny_study(tmp_path, {"a": {}, "b": {}}, adaptations=ADAPTATIONS)
+    asked, train = fake("QuorumLost: loss: nan, training diverged")
+    run_study(study, train)
+    assert asked == ["s.a.s0", "s.b.s0"]
     assert "s.b.s0: QuorumLost: loss: nan, training diverged" in (folder_of(study) / "table.md").read_text()
     run_study(study, train)
-    assert len(asked) == 2, "it fails again in the same way"
+    assert len(asked) == 2, "it would fail again in the same way"
     run_study(study, train, retry=True)
     assert len(asked) == 4
 
 
+def test_a_silo_that_fails_in_this_process_is_a_result_too(tmp_path: Path) -> None:
+    study = tiny_study(tmp_path, {"large": {"job": {"method": "glob", "inner": {"batch_size": 4608}}}})
+    study = study.model_copy(update={"job": {**study.job, "rounds": {"total": 1152}, "inner": {**study.job["inner"]}}})
+    run_study(study, here)
+    assert "SiloError: source" in (folder_of(study) / "table.md").read_text()
+
+
 def test_what_concerns_every_run_ends_the_study(tmp_path: Path) -> None:
-    study = a_study(tmp_path, {"a": {}})
+    study = tiny_study(tmp_path, {"a": {}})
     for error in (SourceError, WrongRunError):
         with pytest.raises(error):
-            run_study(study, fake(study, error)[1])
+            run_study(study, fake(fails=error)[1])
     with pytest.raises(RunError, match=r"run s\.a\.s0 was stopped before its last round"):
-        run_study(study, fake(study, None)[1])
+        run_study(study, fake()[1])
