@@ -78,6 +78,7 @@ def run_study(study: Study, train: Train, retry: bool = False, tell: Tell = sile
         with closing(train(due)) as over:
             for job, error in over:
                 tell(_told(job, error))
+                write_tables(study)
 
 
 def _told(job: Job, error: str) -> str:

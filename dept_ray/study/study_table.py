@@ -132,7 +132,7 @@ def _pivot(study: Study, found: Sequence[Standing]) -> str:
                 cells.append(_spread(one.figures.get("bits_per_byte"), 3))
                 lived.append(point)
         last = ", ".join(str(value) for _, value in lived[-1]) if lived else "none"
-        rows.append([variant, *cells, last])
+        rows += [[variant, *cells, last]] if any(cells) else []
     return _table(head, rows) + "\n\nDiverged: the run failed, or ended with more bits per byte than its unigram model."
 
 
