@@ -15,11 +15,8 @@ from dept_ray.errors import ConfigError, nearest
 from dept_ray.method_names import MethodName
 from dept_ray.sections import (
     FaultsSection,
-    FilesSource,
-    HubSource,
     InitSection,
     InnerSection,
-    InstalledSource,
     MixtureSection,
     ModelSection,
     Name,
@@ -126,7 +123,7 @@ class Job(Section):
         """All that decides the numbers of a run; where it is kept, and on what it runs, are left out."""
         return self.model_dump(mode="json", exclude=_HOUSEKEEPING)
 
-    def source(self, name: str) -> "HubSource | FilesSource | InstalledSource":
+    def source(self, name: str) -> Source:
         """The source of that name.
 
         Raises:
@@ -143,16 +140,18 @@ class Job(Section):
         return Path(storage or self.folder)
 
 
+_WHERE = ("storage", "resources", "vocab_size", "tokens", "paths", "validation_paths")
 _HOUSEKEEPING: Any = {
     "folder": True,
     "resources": True,
     "tokenizer": {"global_vocab_size"},
     "rounds": {"keep", "score_every"},
+    "inner": {"norms_every"},
     "faults": True,
     "regions": True,
     "init": {"run"},  # what was taken from there is told by its fingerprint
     # Where files lie may change; what is in them may not: the fingerprint of the tokens is checked on its own.
-    "sources": {"__all__": {"storage", "resources", "vocab_size", "tokens", "paths", "validation_paths"}},
+    "sources": {"__all__": {**dict.fromkeys(_WHERE, True), "of": {"__all__": set(_WHERE)}}},
 }
 """What may differ between two starts of one run."""
 

@@ -148,6 +148,8 @@ class SiloUpdate:
     """Floating point operations that its steps needed (`silo.flops`)."""
     peak_flops: float = 0.0
     """FLOP/s that its devices can do at most; 0: not known."""
+    norms: dict[str, list[float]] = field(default_factory=dict)
+    """How large its parameters and activations were at some steps (`silo.norms`)."""
     body_norm: float = 0.0
     """L2 norm of the body's delta."""
     body: Delta | Held | None = None

@@ -167,7 +167,36 @@ class InstalledSource(SourceFields):
     maths: worked problems generated from a seed."""
 
 
-Source = Annotated[HubSource | FilesSource | InstalledSource, Field(discriminator="kind")]
+ReadSource = Annotated[HubSource | FilesSource | InstalledSource, Field(discriminator="kind")]
+"""What text is read from."""
+
+
+class DealtSource(SourceFields):
+    """One share of the text of several sources, dealt by a hash of each document: the same text, told apart by chance.
+
+    Each side is dealt by itself; caps and validation are those of the sources.
+    """
+
+    kind: Literal["dealt"]
+    of: Annotated[tuple[ReadSource, ...], Field(min_length=1)]
+    share: Annotated[int, Field(ge=0)]
+    """Its number, from 0."""
+    shares: Positive
+    """How many there are."""
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> "DealtSource":
+        if self.share >= self.shares:
+            raise ValueError(
+                f"sources.{self.name}.share = {self.share}: of sources.{self.name}.shares = {self.shares} the last is "
+                f"{self.shares - 1}"
+            )
+        if self.max_bytes or self.max_validation_bytes:
+            raise ValueError(f"sources.{self.name}: what is dealt has no caps of its own; cap the sources in `of`")
+        return self
+
+
+Source = Annotated[HubSource | FilesSource | InstalledSource | DealtSource, Field(discriminator="kind")]
 
 
 class InnerSection(Section):
@@ -207,6 +236,9 @@ class InnerSection(Section):
     """Recompute each block in the backward pass: a third more time, much less memory."""
     threads: Positive | None = None
     """CPU threads per silo; None: the machine's cores shared among the silos that train at once."""
+    norms_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between two measurements of the L2 norms of parameters and activations (`silo.norms`); each costs one more
+    forward pass. 0: never, at no cost."""
 
 
 class OuterSection(Section):

@@ -39,6 +39,16 @@ class Method:
     mixed: bool = False
     reset_embedding: bool = False
 
+    @property
+    def global_embedding(self) -> bool:
+        """Whether there is one embedding of the global vocabulary, which another run may go on with."""
+        return self.share_rows != "none" or self.vocabulary == "global"
+
+    @property
+    def one_body(self) -> bool:
+        """Whether there is one body, and not one of each silo."""
+        return self.share_body or self.mixed
+
 
 METHODS: dict[str, Method] = {
     method.name: method

@@ -161,7 +161,7 @@ def _check_model(job: Job, there: Job, layout: str) -> None:
 def _silo(job: Job, there: Job, state: RunState) -> str | None:
     """Whose snapshot holds what is asked for; None: it is shared, so nobody's."""
     method, own, asked = method_of(there), job.init.embedding == "own", job.init.silo
-    if own and method.share_rows == "none" and method.vocabulary != "global":
+    if own and not method.global_embedding:
         raise ConfigError(
             f'init.embedding = "own": under method = "{there.method}" run {there.name} has no embedding of a global '
             'vocabulary; set init.embedding = "random"'

@@ -330,7 +330,7 @@ class Silo:
             fingerprint=order.fingerprint, steps=trained.steps, tokens=trained.tokens, position=position,
             snapshot=snapshot, loss=trained.loss, scores=scores, epochs=self.stream.epochs(position), seconds=seconds,
             flops=trained.tokens * flops_per_token(self.job.model, self.job.inner.context, self.vocabulary.size),
-            peak_flops=self.hardware.peak_flops,
+            peak_flops=self.hardware.peak_flops, norms=trained.norms,
         )  # fmt: skip
 
     # ------------------------------------------------------------------------------------ embedding and moments

@@ -153,7 +153,7 @@ def _check_same(job: Job, finished: list[Source], tokenizer: bytes) -> None:
 def text_key(source: Source) -> str:
     """Digest of all that decides a source's text."""
     of_no_text = {"weight", "storage", "resources", "vocab_size", "tokens", "held_out", "joined"}
-    kept = source.model_dump(mode="json", exclude=of_no_text)
+    kept = source.model_dump(mode="json", exclude={**dict.fromkeys(of_no_text, True), "of": {"__all__": of_no_text}})
     return digest(json.dumps(kept, sort_keys=True))
 
 
