@@ -17,7 +17,7 @@ from dept_ray.silo.fresh import fresh_embedding
 from dept_ray.silo.snapshot import load_snapshot
 from dept_ray.silo.spelling import spelling, table_of, wanted_by
 from dept_ray.silo.warmstart import Table, warm_rows
-from dept_ray.text.prepare import corpus_folder
+from dept_ray.text.prepare import corpus_folder, tokenizer_kind
 from dept_ray.text.shards import Corpus, open_corpus
 from dept_ray.text.tokenizer import Vocabulary
 
@@ -39,7 +39,7 @@ def first_tables(
     """
     if not order.donors:
         return fresh_embedding(job, vocabulary, spec.silo).state_dict()
-    kind = "own" if spec.vocabulary == "own" else "global"
+    kind = tokenizer_kind(spec.vocabulary)
     given, tables = list[dict[str, torch.Tensor]](), list[Table]()
     for name in sorted(order.donors):
         home = job.storage_of(name)

@@ -12,12 +12,13 @@ import torch
 from tiny import SOURCES, document
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from dept_ray.config import Job, TokenizerSection
+from dept_ray.config import Job
 from dept_ray.errors import ConfigError, StoreError, VocabularyError
 from dept_ray.in_process import train_here
 from dept_ray.preparing import begun, prepare
 from dept_ray.rounds.control import Control
-from dept_ray.rounds.store import run_folder
+from dept_ray.rounds.folder import run_folder
+from dept_ray.sections import TokenizerSection
 from dept_ray.silo.fresh import fresh_body, fresh_embedding
 from dept_ray.silo.model import Body, Embedding, LanguageModel, layout_of
 from dept_ray.study.export import export

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import document
 
-from dept_ray.config import TokenizerSection
+from dept_ray.sections import TokenizerSection
 from dept_ray.silo.spelling import spelling, table_of
 from dept_ray.silo.usage import usage_of
 from dept_ray.silo.warmstart import WAYS, Table, Wanted, laid_onto, rotation, warm_rows

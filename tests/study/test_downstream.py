@@ -17,7 +17,7 @@ from dept_ray.config import Job
 from dept_ray.draws import generator
 from dept_ray.errors import ConfigError, SourceError
 from dept_ray.in_process import train_here
-from dept_ray.rounds.store import run_folder
+from dept_ray.rounds.folder import run_folder
 from dept_ray.study import tuned
 from dept_ray.study.downstream import downstream
 from dept_ray.study.examples import TASKS, load_examples
