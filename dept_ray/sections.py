@@ -357,8 +357,7 @@ class MixtureSection(Section):
 
 
 class InitSection(Section):
-    """`[init]`: what a run goes on from, instead of a body drawn from the seed (METHOD.md section 4): another run, or a
-    Hugging Face checkpoint."""
+    """`[init]`: another run, or a Hugging Face checkpoint, that this one goes on from (METHOD.md section 4)."""
 
     run: str | None = None
     """A run's folder, or its name under `folder`; None: none. What is taken is copied into the new run."""
@@ -393,13 +392,9 @@ class InitSection(Section):
     @model_validator(mode="after")
     def _has_one_origin(self) -> "InitSection":
         if self.origin is None and self.model_dump(exclude_defaults=True):
-            raise ValueError("init: nothing is taken from another run without init.run (or, of a Hugging Face model, "
-                             "init.checkpoint): name it, or remove the section")  # fmt: skip
-        if self.run and self.checkpoint:
-            raise ValueError(
-                f"init.run = {self.run!r} and init.checkpoint = {self.checkpoint!r}: a run begins from one; remove one"
-            )
-        for key in ("round", "silo"):
-            if self.checkpoint and getattr(self, key) is not None:
-                raise ValueError(f"init.{key} = {getattr(self, key)!r}: a checkpoint has no {key}s; remove it")
+            told = "nothing is taken from another run without init.run, or from a model without init.checkpoint"
+            raise ValueError(f"init: {told}: name it, or remove the section")
+        for key in ("run", "round", "silo") if self.checkpoint else ():
+            if getattr(self, key) is not None:
+                raise ValueError(f"init.{key} = {getattr(self, key)!r}: none for a checkpoint; remove either")
         return self

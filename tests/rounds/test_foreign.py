@@ -241,9 +241,9 @@ def test_a_checkpoint_that_is_not_there_or_is_pickled_or_damaged_is_told(
 @pytest.mark.parametrize(
     ("init", "told"),
     [
-        ({"run": "a"}, "a run begins from one; remove one"),
-        ({"round": 3}, "init.round = 3: a checkpoint has no rounds"),
-        ({"silo": "en"}, "init.silo = 'en': a checkpoint has no silos"),
+        ({"run": "a"}, "init.run = 'a': none for a checkpoint; remove either"),
+        ({"round": 3}, "init.round = 3: none for a checkpoint"),
+        ({"silo": "en"}, "init.silo = 'en': none for a checkpoint"),
     ],
 )
 def test_a_checkpoint_has_no_rounds_or_silos_and_is_no_run(tiny, init: dict[str, Any], told: str):
