@@ -203,6 +203,10 @@ class InnerSection(Section):
     matrix products more a step, one moment of the matrices instead of two."""
     optimizer_state: Literal["reset", "keep"] = "reset"
     """Its moments at the start of a round, where the body is averaged. Bodies that stay home always keep theirs."""
+    ahead_steps: Annotated[int, Field(ge=0)] = 0
+    """First steps of a round that a silo makes before its order comes, from where it stands: while its last answer
+    travels and the outer step is made, which reaches these steps a round late. At most `local_steps`. 0: it waits.
+    Costs two copies of what is shared in each silo, one of them in its snapshots."""
     clip: Annotated[float, Field(gt=0)] = 1.0
     """Gradient norm at most."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -400,6 +404,7 @@ class Job(Section):
             raise ValueError(f"rounds.choose = {self.rounds.choose}, but there are only {len(self.trained)} sources")
         for wish in [self.resources, *(source.resources for source in self.sources if source.resources)]:
             self._check_shares(wish.processes)
+            self._check_ahead(wish.processes)
         return self
 
     def _check_shares(self, ranks: int) -> None:
@@ -413,6 +418,20 @@ class Job(Section):
         if micro is not None and batch // ranks % micro:
             share = f" / resources.ranks = {ranks}" if ranks > 1 else ""
             raise ValueError(f"inner.batch_size = {batch}{share} is not a multiple of inner.micro_batch = {micro}")
+
+    def _check_ahead(self, ranks: int) -> None:
+        """Whether steps can be made ahead of their order."""
+        ahead, steps = self.inner.ahead_steps, self.inner.local_steps
+        if ahead > steps:
+            raise ValueError(
+                f"inner.ahead_steps = {ahead} is above inner.local_steps = {steps}: nobody goes further ahead than one "
+                "round; lower the first or raise the second"
+            )
+        if ahead and ranks > 1:
+            raise ValueError(
+                f"inner.ahead_steps = {ahead} and resources.ranks = {ranks} (by default one for each of "
+                "resources.num_gpus): only a silo of one rank goes ahead; set either to what it is by default"
+            )
 
     @property
     def trained(self) -> tuple[str, ...]:

@@ -60,6 +60,12 @@ class SiloActor:
             update = self.silo.obey(replace(order, body=body, rows=rows))
         return update.without_arrays(), update.delta("body"), update.delta("rows")
 
+    def go_ahead(self) -> None:
+        """Called right behind an order: what comes between two orders."""
+        if self.silo is not None:
+            with self._discreet():
+                self.silo.go_ahead()
+
     @ray.method(concurrency_group="control")
     def status(self) -> SiloStatus:
         status = self.silo.status if self.silo is not None else SiloStatus(self.spec.silo, "opening")
