@@ -7,7 +7,6 @@ its time a silo computed, between the first and the last but one time that all a
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -31,17 +30,15 @@ PORT, PLACE = 6379, {"place": "far"}
 
 
 @contextmanager
-def cluster(line: SlowLine, folder: Path) -> Iterator[str]:
+def cluster(line: SlowLine) -> Iterator[str]:
     """A head here and a node there; its address."""
-    # Not Ray's own folder, where it says which cluster of this machine is the latest.
-    environment = os.environ | {"RAY_TMPDIR": str(folder), "RAY_USAGE_STATS_ENABLED": "0"}
     address, store = f"{line.near}:{PORT}", f"--object-store-memory={400 << 20}"
     ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", store]
     head = ["--head", f"--port={PORT}", f"--node-ip-address={line.near}", "--num-cpus=1", "--include-dashboard=false"]
     node = [f"--address={address}", f"--node-ip-address={line.other}", "--num-cpus=2", "--labels=place=far"]
     with ExitStack() as stack:
         for command in ([*ray, *head], [*line.far, *ray, *node]):
-            started = subprocess.Popen(command, env=environment, stdout=sys.stderr)
+            started = subprocess.Popen(command, stdout=subprocess.DEVNULL)
             stack.callback(started.wait)
             stack.callback(started.terminate)
             time.sleep(10)
@@ -94,7 +91,7 @@ def main(asked: argparse.Namespace) -> None:
         )  # fmt: skip
 
     prepare(job(0), local=True)
-    with slow_line(asked.bits_per_s, asked.round_trip_s) as line, cluster(line, asked.ray_folder) as address:
+    with slow_line(asked.bits_per_s, asked.round_trip_s) as line, cluster(line) as address:
         connect(address)
         for _ in range(asked.repeats):
             for ahead in (0, asked.ahead):
@@ -105,7 +102,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--size", required=True)
     for name, kind in (
-        ("folder", Path), ("ray-folder", Path), ("silos", int), ("steps", int), ("ahead", int), ("rounds", int),
+        ("folder", Path), ("silos", int), ("steps", int), ("ahead", int), ("rounds", int),
         ("repeats", int), ("bits-per-s", float), ("round-trip-s", float),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind, required=True)
