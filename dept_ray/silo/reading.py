@@ -10,7 +10,12 @@ from dept_ray.text.stream import MixedStream, Read, Stream
 
 
 def open_stream(job: Job, spec: SiloSpec, corpora: Mapping[str, Corpus], read: Read | None) -> MixedStream:
-    """The batches of the sources that a silo trains on; `read` None: from their shards, in this process.
+    """The batches of the sources that a silo trains on.
+
+    Args:
+        job, spec: what the silo was made of.
+        corpora: of its sources.
+        read: how blocks become tokens, ahead of time; None: from their shards, in this process.
 
     Raises:
         SiloError: a source is smaller than a batch.
@@ -24,6 +29,6 @@ def open_stream(job: Job, spec: SiloSpec, corpora: Mapping[str, Corpus], read: R
                 f"(inner.batch_size = {inner.batch_size}): lower inner.batch_size or inner.context, "
                 "or give it more text"
             )
+    here: Read = lambda name, blocks: trained[name].read(blocks, inner.context)  # noqa: E731
     weights = {n: job.source(n).weight * train.tokens**job.mixture.temperature for n, train in trained.items()}
-    read = read or (lambda name, blocks: trained[name].read(blocks, inner.context))
-    return MixedStream(streams, weights, inner.batch_size, inner.context, job.seed, read)
+    return MixedStream(streams, weights, inner.batch_size, inner.context, job.seed, read or here, here)

@@ -33,8 +33,8 @@ from dept_ray.silo.score import score_corpus, score_text
 from dept_ray.silo.snapshot import load_snapshot, prune_snapshots, save_snapshot, snapshot_name
 from dept_ray.silo.team import ALONE, Team
 from dept_ray.silo.vectors import Vectors
-from dept_ray.silo.wire import Shared, Wire
-from dept_ray.text.prepare import corpus_folder
+from dept_ray.silo.wire import Shared, Wire, norm_of
+from dept_ray.text.prepare import corpus_folder, tokenizer_kind
 from dept_ray.text.shards import Corpus, open_corpus
 from dept_ray.text.stream import Position, Read
 from dept_ray.text.tokenizer import Vocabulary
@@ -54,7 +54,7 @@ def open_corpora(job: Job, spec: SiloSpec) -> dict[str, Corpus]:
     Raises:
         ShardError: a source is not prepared, or its shards were altered.
     """
-    kind = "own" if spec.vocabulary == "own" else "global"
+    kind = tokenizer_kind(spec.vocabulary)
     return {name: open_corpus(corpus_folder(job, name, kind)) for name in (*spec.sources, *spec.held_out)}
 
 
@@ -70,7 +70,7 @@ class Silo:
     Args:
         job: the run.
         spec: what this silo is.
-        read: how blocks become tokens; None reads the shards in this process.
+        read: how blocks become tokens, ahead of time; None reads the shards in this process.
         clock: seconds, for what is reported.
         start: how its other ranks are started, where it has some.
 
@@ -180,7 +180,7 @@ class Silo:
         self._say("saving", order)
         with self._timed("code", seconds):
             deltas = {what: self._vectors.read(what) - vector for what, vector in shared.items()}  # equation 1
-            norm = float(np.linalg.norm(deltas["body"].astype(np.float64))) if "body" in deltas else 0.0
+            norm = norm_of(deltas["body"]) if "body" in deltas else 0.0
             sent = self._wire.send(order.codec, deltas)
         with self._timed("save", seconds):
             snapshot = self._save(order, position, shared)
@@ -361,7 +361,7 @@ class Silo:
             fingerprint=order.fingerprint, steps=trained.steps, tokens=trained.tokens, position=position,
             snapshot=snapshot, loss=trained.loss, scores=scores, epochs=self.stream.epochs(position), seconds=seconds,
             flops=trained.tokens * flops_per_token(self.job.model, self.job.inner.context, self.vocabulary.size),
-            peak_flops=self.hardware.peak_flops,
+            peak_flops=self.hardware.peak_flops, norms=trained.norms,
         )  # fmt: skip
 
     # ------------------------------------------------------------------------------------ embedding and moments

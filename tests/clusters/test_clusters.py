@@ -18,9 +18,9 @@ from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.common_pb2 import LabelSelectorOperator
 from tiny import tiny_job
 
-from dept_ray.config import Resources
 from dept_ray.errors import ClusterError
 from dept_ray.on_ray.cluster import AUTOSCALES, check_nodes
+from dept_ray.sections import Resources
 
 ROOT = Path(__file__).parents[2]
 CLUSTERS = ROOT / "clusters"
