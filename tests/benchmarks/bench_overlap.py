@@ -1,7 +1,8 @@
 """Which share of its time a silo computes behind a slow line: waiting for its orders, and making steps ahead of them.
 
 The line has 100 Mbit/s each way and 100 ms there and back, for all silos together. What a silo computes is what it
-trains, before its order came and after; the rest is reading, coding, writing, the line, and waiting for others.
+trains, before its order came and after; the rest is reading, coding, writing, the line, and waiting for others. A step
+lasts a quarter of a second whatever else the machine does (`overlap_run`).
 """
 
 import argparse
@@ -17,8 +18,8 @@ from sides import HERE, Ratio, options, say, tell
 
 ALONE = ["unshare", "--net", "--map-root-user"]
 SHAPES = {
-    "full": {"silos": 2, "steps": 40, "ahead": 20, "rounds": 5},
-    "small": {"silos": 2, "steps": 4, "ahead": 2, "rounds": 4},
+    "full": {"silos": 2, "steps": 60, "ahead": 20, "rounds": 5, "pace-s": 0.25},
+    "small": {"silos": 2, "steps": 4, "ahead": 2, "rounds": 4, "pace-s": 0.0},
 }
 BITS_PER_S, ROUND_TRIP_S = 100e6, 0.1
 

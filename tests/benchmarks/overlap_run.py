@@ -1,6 +1,7 @@
 """Runs on Ray whose silos are at the far end of a slow line: a program for a network namespace of its own.
 
-Head and coordinator are at the near end, all silos on one node at the far end, so that the line is shared by them. One
+Each step of a silo lasts a given time, most of which it sleeps, as if a device of its own computed: what is measured is
+what the line costs, not how many cores this machine has, or who else uses them. Head and coordinator are at the near end, all silos on one node at the far end, so that the line is shared by them. One
 run waits for its orders, the next makes steps ahead of them, and so on in turns; each prints, as JSON, which share of
 its time a silo computed, between the first and the last but one time that all answers had arrived.
 """
@@ -14,9 +15,11 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from reference import SIZES, job_of
 from slow_line import SlowLine, slow_line
 
@@ -25,8 +28,24 @@ from dept_ray.preparing import prepare
 from dept_ray.rounds.control import Control
 from dept_ray.rounds.store import RunStore
 from dept_ray.rounds.train import train
+from dept_ray.silo.silo import Silo
 
 PORT, PLACE = 6379, {"place": "far"}
+
+
+class PacedSilo(Silo):
+    """Each of its steps lasts `pace_s` and a little more."""
+
+    def __init__(self, pace_s: float, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        batches = self.stream.batches
+
+        def paced(*asked: Any) -> Iterator[np.ndarray]:
+            for batch in batches(*asked):
+                time.sleep(pace_s)
+                yield batch
+
+        self.stream.batches = paced
 
 
 @contextmanager
@@ -45,11 +64,11 @@ def cluster(line: SlowLine) -> Iterator[str]:
         yield address
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: Job, pace_s: float) -> dict[str, Any]:
     """Train a job, and say what its silos did with their time."""
     from dept_ray.on_ray.pool import RayPool
 
-    pool, records, arrived = RayPool(), list[dict[str, Any]](), list[float]()
+    pool, records, arrived = RayPool(make=partial(PacedSilo, pace_s)), list[dict[str, Any]](), list[float]()
     run_round = pool.run_round
 
     def noted(*more: Any) -> Any:
@@ -86,7 +105,7 @@ def main(asked: argparse.Namespace) -> None:
     def job(ahead: int) -> Job:
         return job_of(
             SIZES[asked.size], asked.folder, f"overlap-{uuid.uuid4().hex[:8]}", asked.silos, asked.steps,
-            inner={"ahead_steps": ahead, "compile": "never", "threads": 1},
+            inner={"ahead_steps": ahead, "compile": "never", "threads": 1, "batch_size": 1, "context": 32},
             rounds={"total": asked.rounds, "score_every": 0}, resources={"labels": PLACE},
         )  # fmt: skip
 
@@ -95,14 +114,14 @@ def main(asked: argparse.Namespace) -> None:
         connect(address)
         for _ in range(asked.repeats):
             for ahead in (0, asked.ahead):
-                print(json.dumps(run(job(ahead))), flush=True)
+                print(json.dumps(run(job(ahead), asked.pace_s)), flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--size", required=True)
     for name, kind in (
-        ("folder", Path), ("silos", int), ("steps", int), ("ahead", int), ("rounds", int),
+        ("folder", Path), ("silos", int), ("steps", int), ("ahead", int), ("rounds", int), ("pace-s", float),
         ("repeats", int), ("bits-per-s", float), ("round-trip-s", float),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind, required=True)
