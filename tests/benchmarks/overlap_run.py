@@ -1,9 +1,10 @@
 """Runs on Ray whose silos are at the far end of a slow line: a program for a network namespace of its own.
 
 Each step of a silo lasts a given time, most of which it sleeps, as if a device of its own computed: what is measured is
-what the line costs, not how many cores this machine has, or who else uses them. Head and coordinator are at the near end, all silos on one node at the far end, so that the line is shared by them. One
-run waits for its orders, the next makes steps ahead of them, and so on in turns; each prints, as JSON, which share of
-its time a silo computed, between the first and the last but one time that all answers had arrived.
+what the line costs, not how many cores this machine has, or who else uses them. Head and coordinator are at the near
+end, all silos on one node at the far end, so that the line is shared by them. One run waits for its orders, the next
+makes steps ahead of them, and so on in turns; each prints, as JSON, which share of its time a silo computed, between
+the first and the last but one time that all answers had arrived.
 """
 
 import argparse
