@@ -68,6 +68,7 @@ class Places:
                 self.place(name)
             else:  # it was joining when the coordinator died
                 self.prepare_and_place(name)
+        _house_ray_data()
         began = moved = time.monotonic()
         seen = (0, 0)
         while self._opening and time.monotonic() - began < self.job.faults.start_timeout_s:
@@ -247,6 +248,13 @@ class Places:
         for actor in self.actors.values():
             ray.kill(actor)
         self.actors, self._opening = {}, {}
+
+
+def _house_ray_data() -> None:
+    """On this node, which stays: while silos start, and before one of them has an order and so a dataset."""
+    from dept_ray.on_ray.quiet import house_ray_data_here  # loads Ray Data, which takes as long as a silo to be placed
+
+    house_ray_data_here()
 
 
 def _is_data(err: RayError) -> bool:

@@ -19,7 +19,6 @@ from dept_ray.errors import SiloError
 from dept_ray.messages import Delta, Held, RoundOrder, SiloCard, SiloStatus, SiloUpdate
 from dept_ray.on_ray.actors import explain
 from dept_ray.on_ray.places import LOOK_EVERY_S, Places
-from dept_ray.on_ray.quiet import house_ray_data_here
 from dept_ray.rounds.pool import Deadline, MakeSilo, Meanwhile, nothing, specs_of, timed
 from dept_ray.silo.silo import Silo
 
@@ -55,7 +54,6 @@ class RayPool:
 
     def open(self, job: Job, first: Job) -> None:
         self.job, self.first = job, first
-        house_ray_data_here()  # the coordinator's node stays
         self.places.plan(job, specs_of(job, first, self.cores))
         self.places.open()
 
