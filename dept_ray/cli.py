@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dept_ray import __version__, cli_jobs, cli_live, cli_preemption, cli_region
+from dept_ray import __version__, cli_jobs, cli_live, cli_preemption, cli_region, cli_study
 from dept_ray.errors import ConfigError, DeptError
 from dept_ray.method_names import METHOD_NAMES
 
@@ -40,7 +40,9 @@ def main() -> None:
     """Pre-train one language model on sources that do not belong together (DEPT, arXiv 2410.05021)."""
 
 
-for command in (*cli_live.COMMANDS, cli_jobs.submit, cli_region.region, cli_preemption.watch_preemption):
+for command in (
+    *cli_live.COMMANDS, cli_jobs.submit, cli_region.region, cli_preemption.watch_preemption, cli_study.study,
+):  # fmt: skip
     main.add_command(command)
 
 
@@ -114,14 +116,15 @@ def adapt(
     name: str | None, against: str | None, address: str | None, local: bool, method: str | None, folder: str | None,
 ) -> None:  # fmt: skip
     """Go on from RUN's body with JOB_FILE, whose [[sources]] suffice: one mixture with a global vocabulary."""
-    from dept_ray.client import Run, adapt_job
+    from dept_ray.client import Run
+    from dept_ray.study.adapt import adapt_job
     from dept_ray.study.plasticity import plasticity_table
 
     console = _console()
     baseline = Run.open(against) if against else None
     init = {"embedding": embedding, "round": round_, "silo": silo, "frozen_body": frozen_body or None}
     given = {"method": method, "folder": folder, "name": name, "init": {k: v for k, v in init.items() if v is not None}}
-    job = adapt_job(Run.open(run), job_file, **{key: value for key, value in given.items() if value})
+    job = adapt_job(Run.open(run).folder, job_file, **{key: value for key, value in given.items() if value})
     records = _train_here(job, console) if local else _train(job, address, console)
     _show_scores(job, records, console)
     theirs, called = (baseline.history(), baseline.job.name) if baseline else ([], "")
@@ -299,8 +302,10 @@ def _train_here(job: "Job", console: "Console") -> list[dict[str, Any]]:
     from dept_ray.in_process import train_here
     from dept_ray.metrics import read_records
     from dept_ray.rounds.control import Control
-    from dept_ray.rounds.store import run_folder
+    from dept_ray.rounds.folder import run_folder
+    from dept_ray.silo.memory import keep_freed_memory
 
+    keep_freed_memory()
     control = Control()
 
     def stop(*signal_and_frame: Any) -> None:

@@ -56,9 +56,10 @@ class Run:
         """
         from dept_ray.on_ray.cluster import check_lasting, connect
         from dept_ray.on_ray.launch import Coordinator
+        from dept_ray.rounds.folder import in_progress, run_folder
         from dept_ray.rounds.methods import silos_of
         from dept_ray.rounds.regions import check_regions
-        from dept_ray.rounds.store import RunStore, in_progress, run_folder
+        from dept_ray.rounds.store import RunStore
 
         check_regions(job)
         if (where := in_progress(run_folder(job))) is not None:
@@ -86,7 +87,7 @@ class Run:
             raise ConfigError(
                 f'no run "{run}": neither a run folder nor a name under runs/ (known: {", ".join(known) or "none"})'
             )
-        from dept_ray.rounds.store import read_job
+        from dept_ray.rounds.folder import read_job
 
         return cls(read_job(folder), folder)
 
@@ -121,7 +122,7 @@ class Run:
         """How it is; from its folder where it is not in progress."""
         if self._coordinator is not None:
             return self._coordinator.status()
-        from dept_ray.rounds.store import in_progress
+        from dept_ray.rounds.folder import in_progress
 
         records = self.history()
         rounds = max((r["round"] for r in records), default=0)
@@ -135,7 +136,7 @@ class Run:
     @property
     def address(self) -> str | None:
         """Of the Ray cluster that it is in progress on; None where it is not, or in a process without Ray."""
-        from dept_ray.rounds.store import in_progress
+        from dept_ray.rounds.folder import in_progress
 
         return (in_progress(self.folder) or {}).get("address")
 
@@ -349,30 +350,6 @@ class Run:
         if status.phase == "failed":
             raise RunError(f"run {status.run} failed after round {status.round}: {status.error}")
         return records
-
-
-def adapt_job(run: Run, file: str | Path, **overrides: Any) -> Job:
-    """The job that goes on from a run's body as a job file says, with the paper's defaults where it says nothing.
-
-    Args:
-        run: that is adapted.
-        file: a job file; at the least its [[sources]].
-        overrides: replace what the file says, such as `init={"embedding": "own"}`.
-
-    Raises:
-        ConfigError: the file does not describe a job.
-        StoreError: the run has no committed round.
-    """
-    from functools import partial
-
-    from dept_ray.jobfile import load_job
-    from dept_ray.rounds.changes import changed
-    from dept_ray.rounds.store import last_round, load_round
-    from dept_ray.study.adapt import adaptation
-
-    state, _ = load_round(run.folder, last_round(run.folder))
-    overrides["init"] = {**overrides.get("init", {}), "run": str(run.folder.absolute())}
-    return load_job(file, partial(adaptation, changed(run.job, state.changes)), **overrides)
 
 
 def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:

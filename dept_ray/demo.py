@@ -51,7 +51,7 @@ def demo_job(method: str | None = None, folder: str = "dept-demo") -> Job:
                 "local_steps": 100 * (len(sources) if facts.mixed else 1),
                 "batch_size": 8, "context": 128, "lr": 3e-3, "warmup_steps": 50, "compile": "never", "threads": 1,
             },
-            "rounds": {"total": 9},
+            "rounds": {"total": 6},
         },
         where="demo",
     )  # fmt: skip

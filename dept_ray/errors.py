@@ -67,6 +67,20 @@ class ClusterError(DeptError):
     """Ray cannot be reached, or can never hold what the job asks for."""
 
 
+def discreet(err: Exception, log: str = "its own log") -> DeptError:
+    """What may leave a silo of an exception under SPEC, where no id, no shape and no piece of text may.
+
+    Args:
+        err: whatever happened; what is not told is for the caller to print.
+        log: where the rest is.
+
+    >>> discreet(StoreError("disk full")), discreet(KeyError("a word of the text"))
+    (StoreError('disk full'), SiloError('KeyError; its own log says more'))
+    """
+    told = isinstance(err, RunError | ShardError | ClusterError)  # they name files and settings
+    return err if told else SiloError(f"{type(err).__name__}; {log} says more")
+
+
 def nearest(word: str, known: list[str]) -> str:
     """The end of a message about an unknown word: what may have been meant, or else all that is known.
 

@@ -13,9 +13,14 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from dept_ray.config import FilesSource, HubSource, InstalledSource, Job
+from dept_ray.config import Job
 from dept_ray.errors import ConfigError, nearest
 from dept_ray.messages import Change
+from dept_ray.sections import DealtSource, FilesSource, HubSource, InstalledSource, Source
+
+_SOURCES = ("sources", "of")
+"""Keys that hold sources."""
+_KINDS = {"hub": HubSource, "files": FilesSource, "installed": InstalledSource, "dealt": DealtSource}
 
 Fill = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 """Of the values that a job file has, nested defaults for those that it leaves open."""
@@ -33,24 +38,36 @@ def load_job(path: str | Path, fill: Fill = lambda values: {}, /, **overrides: A
         ConfigError: the file is missing, is not TOML, or does not describe a job.
     """
     path = Path(path)
+    values = filled(overrides, read_toml(path, "job"))
+    return parse_job({"name": path.stem, **filled(values, fill(values))}, where=str(path))
+
+
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """The values of a TOML file.
+
+    Args:
+        path: of the file.
+        what: it describes, for the message.
+
+    Raises:
+        ConfigError: it is missing, or is not TOML.
+    """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         near = nearest(path.name, [p.name for p in path.parent.glob("*.toml")]) if path.parent.is_dir() else ""
-        raise ConfigError(f"job file {path} does not exist{near}") from None
+        raise ConfigError(f"{what} file {path} does not exist{near}") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as err:
-        raise ConfigError(f"job file {path} is not readable TOML: {err}") from None
-    values = _filled(overrides, values)
-    return parse_job({"name": path.stem, **_filled(values, fill(values))}, where=str(path))
+        raise ConfigError(f"{what} file {path} is not readable TOML: {err}") from None
 
 
-def _filled(values: Mapping[str, Any], fill: Mapping[str, Any]) -> dict[str, Any]:
+def filled(values: Mapping[str, Any], fill: Mapping[str, Any]) -> dict[str, Any]:
     """Values, with those of `fill` where they have none."""
-    filled = {**fill, **values}
+    found = {**fill, **values}
     for key in values.keys() & fill.keys():
         if isinstance(values[key], dict) and isinstance(fill[key], Mapping):
-            filled[key] = _filled(values[key], fill[key])
-    return filled
+            found[key] = filled(values[key], fill[key])
+    return found
 
 
 def load_source(path: str | Path) -> Change:
@@ -60,10 +77,7 @@ def load_source(path: str | Path) -> Change:
         ConfigError: the file is missing or is not TOML; whether it describes a source is checked against the run.
     """
     path = Path(path)
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as err:
-        raise ConfigError(f"source file {path} is not readable TOML: {err}") from None
+    values = read_toml(path, "source")
     tables = values.get("sources", [values])
     if len(tables) != 1:
         raise ConfigError(f"source file {path} has {len(tables)} [[sources]] tables: one at a time")
@@ -88,21 +102,25 @@ def parse_job(values: dict[str, Any], where: str = "job") -> Job:
             raise ConfigError(
                 f"{where}: {key} = {folder!r} must be a folder (mount the bucket, or choose a local disk)"
             )
-    sources = []
-    for source in job.sources:
-        changes: dict[str, Any] = {}
-        if source.storage is not None:
-            changes["storage"] = _absolute(source.storage)
-        if isinstance(source, FilesSource):
-            changes["paths"] = tuple(map(_absolute, source.paths))
-            changes["validation_paths"] = tuple(map(_absolute, source.validation_paths))
-        sources.append(source.model_copy(update=changes))
-    changes = {"folder": _absolute(job.folder), "sources": tuple(sources)}
+    changes: dict[str, Any] = {"folder": _absolute(job.folder), "sources": tuple(map(_placed, job.sources))}
     if job.regions.mailbox is not None:
         changes["regions"] = job.regions.model_copy(update={"mailbox": _absolute(job.regions.mailbox)})
     if job.tokenizer.kind == "file" and job.tokenizer.name:
         changes["tokenizer"] = job.tokenizer.model_copy(update={"name": _absolute(job.tokenizer.name)})
     return job.model_copy(update=changes)
+
+
+def _placed(source: Source) -> Source:
+    """A source with absolute paths."""
+    changes: dict[str, Any] = {}
+    if source.storage is not None:
+        changes["storage"] = _absolute(source.storage)
+    if isinstance(source, FilesSource):
+        changes["paths"] = tuple(map(_absolute, source.paths))
+        changes["validation_paths"] = tuple(map(_absolute, source.validation_paths))
+    if isinstance(source, DealtSource):
+        changes["of"] = tuple(map(_placed, source.of))
+    return source.model_copy(update=changes)
 
 
 def _absolute(path: str) -> str:
@@ -112,8 +130,8 @@ def _absolute(path: str) -> str:
 def _explain(error: Any, values: dict[str, Any]) -> str:
     """One mistake as `key = value: what is wrong; what to do`."""
     loc = error["loc"]
-    if loc[:1] == ("sources",) and len(loc) > 2:
-        loc = (*loc[:2], *loc[3:])  # pydantic puts the kind of a source between its number and its key
+    # pydantic puts the kind of a source between its number and its key
+    loc = tuple(p for i, p in enumerate(loc) if not (i > 1 and isinstance(loc[i - 1], int) and loc[i - 2] in _SOURCES))
     key = ".".join(_named(loc, values))
     kind, given = error["type"], error["input"]
     if kind == "extra_forbidden":
@@ -150,11 +168,10 @@ def _fields_at(loc: tuple[Any, ...], values: Any) -> list[str]:
     section: Any = Job
     for part in loc:
         values = values[part]
-        if part == "sources":
+        if part in _SOURCES:
             continue
         if isinstance(part, int):
-            kinds = {"hub": HubSource, "files": FilesSource, "installed": InstalledSource}
-            section = kinds[values["kind"]]
+            section = _KINDS[values["kind"]]
         else:
             annotation = section.model_fields[part].annotation
             options = [annotation, *typing.get_args(annotation)]

@@ -51,7 +51,7 @@ class SiloCard:
 
     def rows_of(self, num_rows: int) -> np.ndarray | slice:
         """Which of the `num_rows` shared rows (`RunState.rows`) it owns: its token rows, then all positions."""
-        if self.owned_rows is None:
+        if self.owned_rows is None or len(self.owned_rows) == self.global_vocabulary_size:
             return slice(None)
         return np.concatenate([self.owned_rows, np.arange(self.global_vocabulary_size, num_rows)])
 
@@ -148,6 +148,8 @@ class SiloUpdate:
     """Floating point operations that its steps needed (`silo.flops`)."""
     peak_flops: float = 0.0
     """FLOP/s that its devices can do at most; 0: not known."""
+    norms: dict[str, list[float]] = field(default_factory=dict)
+    """How large its parameters and activations were at some steps (`silo.norms`)."""
     body_norm: float = 0.0
     """L2 norm of the body's delta."""
     body: Delta | Held | None = None

@@ -75,6 +75,12 @@ class TensorBoard:
             if path not in ("round", "attempt"):
                 step = scored if path.startswith(("scores/", "mean/")) else record["round"]
                 self._writer.add_scalar(path, value, step)
+        for name, silo in record.get("silos", {}).items():  # norms go over steps, not over rounds
+            norms = silo.get("norms", {})
+            for what in norms.keys() - {"step"}:
+                for step, value in zip(norms["step"], norms[what], strict=True):
+                    if value is not None and math.isfinite(value):
+                        self._writer.add_scalar(f"norms/{name}/{what}", value, int(step))
         self._writer.flush()
 
     def close(self) -> None:

@@ -24,12 +24,12 @@ def prepare(job: Job, address: str | None = None, report: Report = silent, local
     from dept_ray.rounds.methods import method_of
     from dept_ray.rounds.regions import check_regions
     from dept_ray.text.prepare import prepare as prepare_text
-    from dept_ray.text.prepare import run_here
+    from dept_ray.text.prepare import run_here, tokenizer_kind
 
     check_regions(job)
     if job.regions.mailbox:
         return
-    kind = "own" if method_of(job).vocabulary == "own" else "global"
+    kind = tokenizer_kind(method_of(job).vocabulary)
     run_all = run_here
     if not local:
         from dept_ray.on_ray.cluster import check_room, connect

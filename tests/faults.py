@@ -29,9 +29,10 @@ from dept_ray.metrics import JsonLines, read_records
 from dept_ray.rounds import store as store_module
 from dept_ray.rounds import train as train_module
 from dept_ray.rounds.control import Control
+from dept_ray.rounds.folder import run_folder
 from dept_ray.rounds.pool import Deadline, LocalPool, Meanwhile, nothing, specs_of
 from dept_ray.rounds.state import RunState
-from dept_ray.rounds.store import RunStore, run_folder
+from dept_ray.rounds.store import RunStore
 from dept_ray.rounds.train import train
 from dept_ray.silo import snapshot as snapshot_module
 from dept_ray.silo.silo import Silo

@@ -12,7 +12,8 @@ from tiny import ready_job, write_texts
 from dept_ray.config import Job
 from dept_ray.draws import checksum
 from dept_ray.rounds.changes import changed
-from dept_ray.rounds.store import RunStore, load_round
+from dept_ray.rounds.folder import load_round
+from dept_ray.rounds.store import RunStore
 from dept_ray.silo.silo import silo_folder
 from dept_ray.silo.snapshot import load_snapshot
 

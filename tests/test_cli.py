@@ -23,7 +23,7 @@ JOBS = Path(__file__).parents[1] / "jobs"
 PAPER_JOBS = sorted(path for path in JOBS.glob("*.toml") if path.name.startswith(("pile_", "mc4_")))
 COMMANDS = (
     "demo", "prepare", "train", "adapt", "status", "score", "generate", "export", "report", "plan", "pause", "submit",
-    "region",
+    "region", "study",
 )  # fmt: skip
 
 

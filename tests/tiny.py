@@ -17,6 +17,7 @@ from dept_ray.jobfile import parse_job
 from dept_ray.messages import RoundOrder, SiloCard, SiloUpdate
 from dept_ray.preparing import prepare
 from dept_ray.silo.snapshot import snapshot_name
+from dept_ray.study.study_file import Study
 
 SOURCES = ("code", "latin", "numbers")
 DOCUMENTS, HELD_OUT = 60, 3
@@ -58,6 +59,14 @@ def ready_job(prepared: Path, folder: Path, method: str, **overrides: Any) -> Jo
     job = tiny_job(folder, method, text=prepared / "text", **overrides)
     prepare(job, local=True)  # nothing to do, unless an override asks for other tokens
     return job
+
+
+def tiny_study(folder: Path, variants: dict[str, Any], held_out: tuple[str, ...] = (), **more: Any) -> Study:
+    """A study `s` of the tiny job, in a folder that also holds its text; `more` are keys of the study."""
+    job = tiny_job(folder).model_dump(mode="json", exclude_unset=True, exclude={"name", "folder"})
+    for source in job["sources"]:
+        source["held_out"] = source["name"] in held_out
+    return Study.model_validate({"name": "s", "folder": str(folder), "job": job, "variants": variants, **more})
 
 
 def write_texts(folder: Path) -> list[dict[str, Any]]:

@@ -21,12 +21,14 @@ from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from dept_ray.codec import Moves
 from dept_ray.config import Job
-from dept_ray.errors import ClusterError, DeptError, RunError, ShardError, SiloError, StoreError
+from dept_ray.errors import DeptError, RunError, SiloError, discreet
 from dept_ray.messages import Change, Delta, RoundOrder, RunStatus, SiloCard, SiloSpec, SiloStatus, SiloUpdate
 from dept_ray.metrics import JsonLines, Log, Record, TensorBoard
 from dept_ray.on_ray.prometheus import PrometheusSink, SiloGauges
 from dept_ray.rounds.control import Control
-from dept_ray.rounds.store import RunStore, run_folder
+from dept_ray.rounds.folder import run_folder
+from dept_ray.rounds.store import RunStore
+from dept_ray.silo.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from dept_ray.rounds.pool import MakeSilo
@@ -37,6 +39,10 @@ class SiloActor:
     """One silo in a process of its own. It opens when asked for its card, so that what is wrong comes back whole."""
 
     def __init__(self, job: str, spec: SiloSpec, make: "MakeSilo") -> None:
+        # Not by Ray's `runtime_env`: the process would have to be started first, and there are some that wait for work.
+        if not spec.gpu:
+            keep_freed_memory()
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
         self.job, self.spec, self.make = Job.model_validate_json(job), spec, make
         self.node = ray.get_runtime_context().get_node_id()
         self.silo: Silo | None = None
@@ -73,16 +79,14 @@ class SiloActor:
 
     @contextmanager
     def _discreet(self) -> Iterator[None]:
-        """What an exception says may hold an id, a shape or a piece of text, and under SPEC none of them leaves."""
+        """Under SPEC only so much of an exception leaves as may."""
         try:
             yield
-        except (SiloError, StoreError, ShardError, ClusterError):
-            raise
         except Exception as err:
-            if self.spec.share_rows:
+            if self.spec.share_rows or discreet(err) is err:
                 raise
             traceback.print_exc()
-            raise SiloError(f"{type(err).__name__}; its own log says more") from None
+            raise discreet(err) from None
 
 
 class CoordinatorActor:
@@ -98,6 +102,7 @@ class CoordinatorActor:
         from dept_ray.on_ray.pool import RayPool
         from dept_ray.rounds.mailbox import MailboxPool
 
+        keep_freed_memory()
         self.job, self.leave = Job.model_validate_json(job), leave
         again = ray.get_runtime_context().was_current_actor_reconstructed
         self.control, self.pool = Control(bool(again)), MailboxPool() if self.job.regions.mailbox else RayPool(cores)

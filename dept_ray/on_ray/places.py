@@ -7,6 +7,7 @@ One that has no place yet is a demand that the cluster may meet later, and holds
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,15 +16,14 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from dept_ray.config import Job
-from dept_ray.errors import ClusterError, DeptError, ShardError, SiloError
+from dept_ray.errors import ClusterError, DeptError, ShardError, SiloError, discreet
 from dept_ray.messages import SiloCard, SiloSpec, SiloStatus
 from dept_ray.on_ray.actors import SiloActor, explain
 from dept_ray.on_ray.cluster import leaving_nodes
 from dept_ray.rounds.methods import method_of, resources_of
-from dept_ray.rounds.pool import MakeSilo
-from dept_ray.silo.hardware import MALLOC_SETTINGS
+from dept_ray.rounds.pool import MakeSilo, without_other_newcomers
 from dept_ray.silo.silo import open_corpora
-from dept_ray.text.prepare import prepare
+from dept_ray.text.prepare import prepare, tokenizer_kind
 
 LOOK_EVERY_S = 0.5
 _PING_S = 5.0
@@ -68,7 +68,6 @@ class Places:
                 self.place(name)
             else:  # it was joining when the coordinator died
                 self.prepare_and_place(name)
-        _house_ray_data()
         began = moved = time.monotonic()
         seen = (0, 0)
         while self._opening and time.monotonic() - began < self.job.faults.start_timeout_s:
@@ -98,9 +97,7 @@ class Places:
         self._preparing.add(silo)
         self.failed.pop(silo, None)
         self.note(SiloStatus(silo, "preparing"))
-        # Of those that joined only this one: another's mistake is not its own.
-        sources = tuple(source for source in self.job.sources if not source.joined or source.name == silo)
-        job = self.job.model_copy(update={"sources": sources})
+        job = without_other_newcomers(self.job, silo)
         threading.Thread(target=self._prepare, args=(job, silo), daemon=True).start()
 
     def _prepare(self, job: Job, silo: str) -> None:
@@ -108,14 +105,17 @@ class Places:
 
         try:
             with self._one_at_a_time:
-                prepare(job, "own" if method_of(job).vocabulary == "own" else "global", ray_data_runner(job))
+                prepare(job, tokenizer_kind(method_of(job).vocabulary), ray_data_runner(job))
             self._prepared.put(silo)
         except DeptError as err:
             self.failed[silo] = err
-        except RayError as err:
-            self.failed[silo] = explain(err)
         except Exception as err:  # noqa: BLE001 - a bug must reach the user, not die with this thread
-            self.failed[silo] = SiloError(f"{type(err).__name__}: {err}")
+            bug = err.cause if isinstance(err, RayTaskError) else err
+            if isinstance(err, RayError) and isinstance(bug, DeptError | RayError):
+                self.failed[silo] = explain(err)
+            else:  # what it says may hold a piece of text
+                traceback.print_exception(bug)
+                self.failed[silo] = discreet(bug, "the coordinator's log")
         finally:
             self._preparing.discard(silo)
 
@@ -133,12 +133,10 @@ class Places:
     def place(self, name: str, hold_up: bool = True) -> None:
         """Ask Ray for a silo; `hold_up`: whether a round may wait for it, for a while."""
         resources = resources_of(self.job, name)
-        env = {"TOKENIZERS_PARALLELISM": "false"} | ({} if resources.num_gpus else MALLOC_SETTINGS)
         options: dict[str, Any] = {"label_selector": resources.labels} if resources.labels else {}
         as_actor: Any = ray.remote
         actor = as_actor(concurrency_groups={"control": 2})(SiloActor).options(
-            num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, max_restarts=0, max_task_retries=0,
-            runtime_env={"env_vars": env}, **options,
+            num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, max_restarts=0, max_task_retries=0, **options,
         ).remote(self.job.model_dump_json(), self.specs[name], self.make)  # fmt: skip
         self.actors[name] = actor
         self._opening[name] = (actor.card.remote(), time.monotonic(), hold_up)
@@ -248,13 +246,6 @@ class Places:
         for actor in self.actors.values():
             ray.kill(actor)
         self.actors, self._opening = {}, {}
-
-
-def _house_ray_data() -> None:
-    """On this node, which stays: while silos start, and before one of them has an order and so a dataset."""
-    from dept_ray.on_ray.quiet import house_ray_data_here  # loads Ray Data, which takes as long as a silo to be placed
-
-    house_ray_data_here()
 
 
 def _is_data(err: RayError) -> bool:

@@ -7,7 +7,7 @@ once its arrays are: the deadline bounds the way home too. Where silos live is `
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from dept_ray.errors import SiloError
 from dept_ray.messages import Delta, Held, RoundOrder, SiloCard, SiloStatus, SiloUpdate
 from dept_ray.on_ray.actors import explain
 from dept_ray.on_ray.places import LOOK_EVERY_S, Places
-from dept_ray.rounds.pool import Deadline, MakeSilo, Meanwhile, nothing, specs_of, timed
+from dept_ray.rounds.pool import Deadline, MakeSilo, Meanwhile, beside, nothing, specs_of, timed
 from dept_ray.silo.silo import Silo
 
 
@@ -68,13 +68,24 @@ class RayPool:
     def run_round(
         self, orders: Mapping[str, RoundOrder], deadline: Deadline, meanwhile: Meanwhile = nothing
     ) -> dict[str, SiloUpdate | Exception]:
-        bodies = {id(order.body): ray.put(order.body) for order in _distinct(orders)}
-        calls = {name: self._ask(order, bodies) for name, order in orders.items()}
+        vectors = {id(v): v for order in orders.values() for v in (order.body, order.rows) if v is not None}
+        stored = {key: ray.put(vector) for key, vector in vectors.items()}  # once for all who get the same
+        calls = {name: self._ask(order, stored) for name, order in orders.items()}
         asked_at = {name: call.asked_at for name, call in calls.items()}
-        meanwhile()
         answers, at = dict[str, SiloUpdate | Exception](), dict[str, float]()
+        with beside(meanwhile) as look:
+            self._await(orders, calls, deadline, look, answers, at)
+        self._hurried.clear()
+        return timed(answers, asked_at, at)
+
+    def _await(
+        self, orders: Mapping[str, RoundOrder], calls: dict[str, _Call], deadline: Deadline, look: Callable[[], None],
+        answers: dict[str, SiloUpdate | Exception], at: dict[str, float],
+    ) -> None:  # fmt: skip
+        """Until every call is answered or given up; what came, and when, goes into `answers` and `at`."""
         began, looked = time.monotonic(), 0.0
         while calls:
+            look()
             ray.wait([call.refs[0] for call in calls.values()], timeout=LOOK_EVERY_S)
             for name in [name for name, call in calls.items() if _arrived(call)]:
                 answers[name] = self._collect(name, calls.pop(name).all_refs)
@@ -87,8 +98,6 @@ class RayPool:
                 self._stop(orders, calls, calls if late or self._hurried.is_set() else self.places.leaving())
                 for name in self._given_up(calls, now):
                     answers[name], at[name] = self._give_up(name, now - began), now
-        self._hurried.clear()
-        return timed(answers, asked_at, at)
 
     def hand_in(self) -> None:
         self._hurried.set()
@@ -103,8 +112,8 @@ class RayPool:
         self.places.close()
 
     # ------------------------------------------------------------------------------------------ parts of a round
-    def _ask(self, order: RoundOrder, bodies: Mapping[int, Any]) -> _Call:
-        body, rows = bodies.get(id(order.body)), None if order.rows is None else ray.put(order.rows)
+    def _ask(self, order: RoundOrder, stored: Mapping[int, Any]) -> _Call:
+        body, rows = stored.get(id(order.body)), stored.get(id(order.rows))
         refs = self.places.actors[order.silo].obey.remote(order.without_arrays(), body, rows)
         return _Call(list(refs), list(refs), time.monotonic())
 
@@ -158,8 +167,3 @@ def _held(ref: Any) -> Held | None:
             raise explain(err) from None
 
     return Held(fetch)
-
-
-def _distinct(orders: Mapping[str, RoundOrder]) -> list[RoundOrder]:
-    """One order for each different body; all silos share one."""
-    return list({id(order.body): order for order in orders.values() if order.body is not None}.values())

@@ -6,11 +6,14 @@ Settings are per process. Two actors of its own are per cluster, and their place
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from typing import Any
 
+import ray
 from ray.data import DataContext, ExecutionResources
-from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import _AutoscalingCoordinatorActor
 from ray.data._internal.remote_fn import CACHED_FUNCTIONS
-from ray.data._internal.stats import get_or_create_stats_actor
+from ray.data._internal.stats import STATS_ACTOR_NAME, STATS_ACTOR_NAMESPACE, _StatsActor
 
 
 def quiet_ray_data() -> None:
@@ -28,14 +31,24 @@ def quiet_ray_data() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def house_ray_data_here() -> None:
-    """Let Ray Data's two actors live on this node, from now on and for all datasets of the cluster.
+@cache
+def house_ray_data() -> None:
+    """Let Ray Data's two actors live on the cluster's head, whoever makes the first dataset; once per process.
 
-    They outlive every run, where the first dataset was made: on a silo's node, which would then never be idle, and
-    cost money until someone sees it.
+    They outlive every run, and by Ray's own choice they live where the first dataset was made: on a silo's node, which
+    would then never be idle, and cost money until someone sees it.
     """
-    get_or_create_stats_actor()
-    get_or_create_autoscaling_coordinator()
+    on_the_head = {"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}}
+    found_by_name = {"get_if_exists": True, "lifetime": "detached"}
+    stats: Any = _StatsActor
+    stats.options(
+        name=STATS_ACTOR_NAME, namespace=STATS_ACTOR_NAMESPACE, **on_the_head, **found_by_name
+    ).remote()  # fmt: skip
+    coordinator: Any = ray.remote(_AutoscalingCoordinatorActor)
+    coordinator.options(
+        name="AutoscalingCoordinator", namespace="AutoscalingCoordinator", max_restarts=-1, max_task_retries=-1,
+        **on_the_head, **found_by_name,
+    ).remote()  # fmt: skip
 
 
 @contextmanager

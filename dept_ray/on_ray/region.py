@@ -10,7 +10,7 @@ from dept_ray.on_ray.pool import RayPool
 from dept_ray.rounds.agent import Agent
 from dept_ray.rounds.letters import Mailbox
 from dept_ray.rounds.methods import method_of
-from dept_ray.text.prepare import prepare
+from dept_ray.text.prepare import prepare, tokenizer_kind
 
 
 def region_on_ray(
@@ -35,4 +35,4 @@ def _prepare(job: Job) -> None:
         DataError: the text cannot be prepared.
     """
     check_room(job)  # a task for labels that no node has would wait for ever
-    prepare(job, "own" if method_of(job).vocabulary == "own" else "global", ray_data_runner(job))
+    prepare(job, tokenizer_kind(method_of(job).vocabulary), ray_data_runner(job))

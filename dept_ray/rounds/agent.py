@@ -10,21 +10,22 @@ import secrets
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
-from dept_ray.config import Job, RegionsSection
+from dept_ray.config import Job
 from dept_ray.draws import digest
-from dept_ray.errors import DeptError, RunError, ShardError, SiloError, StoreError
+from dept_ray.errors import DeptError, RunError, SiloError, StoreError, discreet
 from dept_ray.messages import RoundOrder, SiloStatus, SiloUpdate
 from dept_ray.rounds.letters import Mailbox, seal
 from dept_ray.rounds.mailbox import BEAT, RUN
 from dept_ray.rounds.methods import method_of
 from dept_ray.rounds.pool import LocalPool, SiloPool
 from dept_ray.rounds.regions import Serves, by_labels, job_of_region, region_name
-from dept_ray.text.prepare import corpus_folder, prepare
+from dept_ray.sections import RegionsSection
+from dept_ray.text.prepare import corpus_folder, prepare, tokenizer_kind
 
 Prepare = Callable[[Job], None]
 """Makes tokens of the text of a job's sources, skipping what is there."""
@@ -68,7 +69,6 @@ class Agent:
         """Beats, the last order that was begun, the last whose answers are written."""
         self._answers: dict[str, Any] = {}
         """Letters that could not be written yet, by path."""
-        self._order: str | None = None
         self._beating = threading.Lock()
 
     # ------------------------------------------------------------------------------------------ looking
@@ -130,48 +130,59 @@ class Agent:
             self._answers, self._cards, self._failed, self._silos = {}, {}, {}, []
         self.opening, self._word, self.settings = said["opening"], said["word"], whole.regions
         job = job_of_region(whole, self.serves, self.labels, self.folder)
-        before, self._silos = set(self._silos), [source.name for source in job.sources]
+        self._silos = [source.name for source in job.sources]
         self.tell(f"run {job.name}: {len(self._silos)} of its {len(whole.sources)} sources are here")
         with self._meanwhile():
-            reason = self._place(job, first) if job.sources else None
+            self._failed = self._place(job, first)
         self._phase = "open"
-        if reason is None:
-            self._failed = {}
-        else:
-            self._failed |= dict.fromkeys(set(self._silos) - before, reason)
-            self.tell(f"its silos cannot be made: {reason}")
+        for silo, reason in self._failed.items():
+            self.tell(f"silo {silo} cannot be made: {reason}")
 
-    def _place(self, job: Job, first: Job) -> DeptError | None:
-        """Make the silos of a job, or those that joined it; why they cannot be made."""
-        try:
-            if self.pool is not None:
-                for silo in self._silos:
+    def _place(self, job: Job, first: Job) -> dict[str, DeptError]:
+        """Make the silos of a job that are not there yet; who cannot be made, and why."""
+        failed = dict[str, DeptError]()
+        if self.pool is None:
+            standing = [source.name for source in job.sources if not source.joined]
+            for silos in [standing] if standing else [[name] for name in self._silos]:
+                with self._noting(failed, silos):
+                    self._open(_only(job, silos), first)
+                    break
+        if self.pool is not None:
+            for silo in sorted(set(self._silos) - self.pool.cards.keys()):
+                with self._noting(failed, [silo]):
                     self.pool.add(job, silo)
-            else:
-                self._phase = "preparing"
-                self.prepare(job)
-                if method_of(job).vocabulary != "own":
-                    tokenizer = corpus_folder(job, job.sources[0].name, "global") / "tokenizer.json"
-                    self._tokenizer = digest(tokenizer.read_bytes())
-                self._phase = "opening"
-                pool = self.make_pool()
-                try:
-                    pool.open(job, first)
-                except BaseException:
-                    pool.close()
-                    raise
-                self.pool = pool
-            self._ready = self.pool.ready()
-        except DeptError as err:
-            return err
+            with self._noting(failed, self._silos):
+                self._ready = self.pool.ready()
+        return failed
+
+    @contextmanager
+    def _noting(self, failed: dict[str, DeptError], silos: Iterable[str]) -> Iterator[None]:
+        """What goes wrong here is why these silos cannot be made; it ends no agent."""
+        try:
+            yield
         except Exception as err:  # noqa: BLE001 - a bug ends no agent
-            return self._untold(err)
-        return None
+            failed |= dict.fromkeys(silos, err if isinstance(err, DeptError) else self._untold(err))
+
+    def _open(self, job: Job, first: Job) -> None:
+        """Prepare the text of a job, and make its silos."""
+        self._phase = "preparing"
+        self.prepare(job)
+        if method_of(job).vocabulary != "own":
+            tokenizer = corpus_folder(job, job.sources[0].name, "global") / "tokenizer.json"
+            self._tokenizer = digest(tokenizer.read_bytes())
+        self._phase = "opening"
+        with ExitStack() as unless_open:
+            unless_open.callback((pool := self.make_pool()).close)
+            pool.open(job, first)
+            unless_open.pop_all()
+        self.pool = pool
 
     def _untold(self, err: Exception) -> DeptError:
-        """What may leave of an exception: its text may hold an id, a shape or a piece of text."""
-        traceback.print_exception(err)
-        return SiloError(f"{type(err).__name__}; the log of region {self.name} says more")
+        """What may leave of an exception; the rest is printed here."""
+        told = discreet(err, f"the log of region {self.name}")
+        if told is not err:
+            traceback.print_exception(err)
+        return told
 
     # ------------------------------------------------------------------------------------------ orders
     def _obey(self) -> None:
@@ -203,8 +214,8 @@ class Agent:
             except Exception as err:  # noqa: BLE001 - a bug ends no agent
                 answers |= dict.fromkeys(there, self._untold(err))
         for silo, answer in sorted(answers.items()):
-            leaves = isinstance(answer, SiloUpdate | RunError | ShardError)  # as from a silo's process on Ray
-            self._answers[f"update-{self.opening}-{number}-{silo}"] = answer if leaves else self._untold(answer)
+            told = answer if isinstance(answer, SiloUpdate) else self._untold(answer)
+            self._answers[f"update-{self.opening}-{number}-{silo}"] = told
         self._write_answers()
 
     def _write_answers(self) -> None:
@@ -251,8 +262,7 @@ class Agent:
             while not done.wait(self.settings.look_every_s):
                 with suppress(RunError):
                     self._beat()
-                    names = self.box.names(self.name)
-                    if not handed_in and (f"stop-{order}" in names or f"order-{order}" not in names):
+                    if not handed_in and self._unwanted(str(order)):
                         assert self.pool is not None
                         self.pool.hand_in()
                         handed_in = True
@@ -264,6 +274,16 @@ class Agent:
         finally:
             done.set()
             watcher.join()
+
+    def _unwanted(self, order: str) -> bool:
+        """Whether what an order has is wanted now, or nobody waits for it any more."""
+        names = self.box.names(self.name)
+        return f"stop-{order}" in names or f"order-{order}" not in names
+
+
+def _only(job: Job, silos: Collection[str]) -> Job:
+    """The job with only these of its sources."""
+    return job.model_copy(update={"sources": tuple(source for source in job.sources if source.name in silos)})
 
 
 def local_region(mailbox: str, labels: Mapping[str, str], folder: str | None, tell: Callable[[str], None]) -> Agent:
@@ -281,4 +301,4 @@ def prepare_here(job: Job) -> None:
     Raises:
         DataError: the text cannot be prepared.
     """
-    prepare(job, "own" if method_of(job).vocabulary == "own" else "global")
+    prepare(job, tokenizer_kind(method_of(job).vocabulary))

@@ -122,11 +122,11 @@ class Control:
         with self._told:
             return self._changes[self._taken - self._first :]
 
-    def asks(self, round: int) -> bool:
-        """Whether people ask for anything, so that the loop, after so many rounds, must not just go on."""
+    @property
+    def asks(self) -> bool:
+        """Whether people ask for anything, so that the loop, between two rounds, must not just go on."""
         with self._told:
-            keeps = self._keep_at is not None and round >= self._keep_at
-            return self._stopping or self.holding or keeps or self._taken < self._first + len(self._changes)
+            return self._stopping or self.holding or self._news
 
     def begin(self, round: int, heard: int, memory: Memory) -> None:
         """The run stands after so many rounds, which heard so many changes; from now on keep what is asked."""

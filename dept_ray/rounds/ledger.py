@@ -9,7 +9,9 @@ A record of event "round" has
     silos       by silo: tokens, steps, loss, epochs by source, norm and cosine (to the mean) of the body's delta,
                 down_bytes, up_bytes, seconds {load, score, train, code, save, send (on the way, both ways),
                 wait (for the round's last answer)}, flops (operations that its steps needed), peak_flops (FLOP/s that
-                its devices can do; 0 where not known): MFU is flops / seconds.train / peak_flops
+                its devices can do; 0 where not known): MFU is flops / seconds.train / peak_flops; where measured,
+                norms {step, body, embedding, activation}: lists, L2 norms of the parameters before global steps, and
+                of the residual stream after the block where it is largest (mean over tokens)
     refused     by silo: why its answer did not count
     failed      attempts before this one that found no quorum: a list of {attempt, refused}; absent if none
     away        by silo: why it takes no part (dropped, set aside, or it could not be made)
@@ -36,7 +38,7 @@ import numpy as np
 
 from dept_ray.codec import decoded
 from dept_ray.config import Job
-from dept_ray.messages import Delta, RoundOrder, Score, SiloUpdate
+from dept_ray.messages import Delta, Held, RoundOrder, Score, SiloUpdate
 from dept_ray.rounds.membership import Verdict
 from dept_ray.rounds.state import RunState
 from dept_ray.silo import score as figures
@@ -155,16 +157,12 @@ def _mean(scores: Sequence[Score]) -> dict[str, float]:
 
 def payload_bytes(message: "RoundOrder | SiloUpdate") -> int:
     """Bytes of the vectors in a message, as they travel; the rest is some hundred bytes."""
-    body, rows = (
-        (message.delta("body"), message.delta("rows"))
-        if isinstance(message, SiloUpdate)
-        else (message.body, message.rows)
-    )
-    return sum(array.nbytes for array in (body, rows) if array is not None)
+    vectors = [vector for vector in (message.body, message.rows) if vector is not None]
+    return sum((vector.fetch() if isinstance(vector, Held) else vector).nbytes for vector in vectors)
 
 
 def _silo(down_bytes: int, up_bytes: int, update: SiloUpdate, moved: np.ndarray | None) -> dict[str, Any]:
-    return {
+    about = {
         "tokens": update.tokens,
         "steps": update.steps,
         "loss": update.loss,
@@ -177,6 +175,7 @@ def _silo(down_bytes: int, up_bytes: int, update: SiloUpdate, moved: np.ndarray 
         "flops": update.flops,
         "peak_flops": update.peak_flops,
     }
+    return {**about, "norms": update.norms} if update.norms else about
 
 
 def _cosine(delta: Delta | None, b: np.ndarray | None) -> float | None:

@@ -13,11 +13,12 @@ from statistics import median
 import numpy as np
 
 from dept_ray.codec import Coded, Moves, decoded
-from dept_ray.config import FaultsSection, Job
+from dept_ray.config import Job
 from dept_ray.draws import generator
 from dept_ray.errors import DeptError
 from dept_ray.messages import Delta, RoundOrder, SiloUpdate
 from dept_ray.rounds.state import SiloRecord
+from dept_ray.sections import FaultsSection
 from dept_ray.silo.snapshot import snapshot_name
 
 SHARED = ("body", "rows")

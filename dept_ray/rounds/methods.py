@@ -16,9 +16,10 @@ The rest of the package consults these facts and never a method's name. This fil
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from dept_ray.config import Job, Resources
+from dept_ray.config import Job
 from dept_ray.errors import ConfigError
 from dept_ray.method_names import MethodName
+from dept_ray.sections import Resources
 
 Vocabulary = Literal["global", "trimmed", "own"]
 ShareRows = Literal["none", "owned", "all"]
@@ -37,6 +38,16 @@ class Method:
     share_rows: ShareRows
     mixed: bool = False
     reset_embedding: bool = False
+
+    @property
+    def global_embedding(self) -> bool:
+        """Whether there is one embedding of the global vocabulary, which another run may go on with."""
+        return self.share_rows != "none" or self.vocabulary == "global"
+
+    @property
+    def one_body(self) -> bool:
+        """Whether there is one body, and not one of each silo."""
+        return self.share_body or self.mixed
 
 
 METHODS: dict[str, Method] = {

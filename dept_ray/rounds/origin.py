@@ -15,14 +15,14 @@ from dept_ray.config import Job
 from dept_ray.draws import checksum, digest, seed_for
 from dept_ray.errors import ConfigError, DeptError, StoreError, VocabularyError, nearest
 from dept_ray.rounds.changes import changed
+from dept_ray.rounds.folder import last_round, layout_fingerprint, load_round, read_job, run_folder
 from dept_ray.rounds.methods import method_of, silos_of
 from dept_ray.rounds.state import RunState
-from dept_ray.rounds.store import last_round, layout_fingerprint, load_round, read_job, run_folder
 from dept_ray.silo.fresh import origin_folder
 from dept_ray.silo.silo import silo_folder
 from dept_ray.silo.snapshot import Parts, load_snapshot, save_snapshot
 from dept_ray.silo.warmstart import Table, overlapping_rows
-from dept_ray.text.prepare import corpus_folder
+from dept_ray.text.prepare import corpus_folder, tokenizer_kind
 from dept_ray.text.shards import open_corpus
 
 
@@ -161,7 +161,7 @@ def _check_model(job: Job, there: Job, layout: str) -> None:
 def _silo(job: Job, there: Job, state: RunState) -> str | None:
     """Whose snapshot holds what is asked for; None: it is shared, so nobody's."""
     method, own, asked = method_of(there), job.init.embedding == "own", job.init.silo
-    if own and method.share_rows == "none" and method.vocabulary != "global":
+    if own and not method.global_embedding:
         raise ConfigError(
             f'init.embedding = "own": under method = "{there.method}" run {there.name} has no embedding of a global '
             'vocabulary; set init.embedding = "random"'
@@ -197,7 +197,7 @@ def _pieces(there: Job, silo: str | None) -> list[str]:
     """The tokens of a silo's rows (None: of the shared ones), in the order of the rows."""
     vocabulary = method_of(there).vocabulary if silo else "global"
     source = there.trained[0] if silo is None else silos_of(there)[silo][0]
-    corpus = open_corpus(corpus_folder(there, source, "own" if vocabulary == "own" else "global"), verify=False)
+    corpus = open_corpus(corpus_folder(there, source, tokenizer_kind(vocabulary)), verify=False)
     rows = corpus.trimmed if vocabulary == "trimmed" else corpus.vocabulary
     tokenizer = corpus.tokenizer
     return [tokenizer.id_to_token(int(id)) or "" for id in rows.to_global(np.arange(rows.size))]

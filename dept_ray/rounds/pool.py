@@ -6,7 +6,9 @@ the silos one after the other in this process, with the same bits as a cluster, 
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol
 
@@ -16,7 +18,7 @@ from dept_ray.messages import RoundOrder, SiloCard, SiloSpec, SiloStatus, SiloUp
 from dept_ray.rounds.methods import method_of, resources_of, silos_of, silos_per_round
 from dept_ray.silo.hardware import compile_pays, threads_for
 from dept_ray.silo.silo import Silo
-from dept_ray.text.prepare import prepare
+from dept_ray.text.prepare import prepare, tokenizer_kind
 
 Deadline = Callable[[Sequence[float]], float]
 """Seconds that a round may take, given what those took who have answered in it already."""
@@ -30,6 +32,19 @@ MakeSilo = Callable[..., Silo]
 
 def nothing() -> None:
     """A `Meanwhile` with nothing to do."""
+
+
+@contextmanager
+def beside(work: Meanwhile) -> Iterator[Callable[[], None]]:
+    """Work in a thread of its own: who waits for answers goes on looking after those who are late.
+
+    Yields:
+        A look: it raises what the work has failed with. At the end the work is waited for.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="meanwhile") as thread:
+        done = thread.submit(work)
+        yield lambda: done.result() if done.done() else None
+        done.result()
 
 
 class SiloPool(Protocol):
@@ -118,6 +133,12 @@ def specs_of(job: Job, first: Job | None = None, cores: int | None = None) -> di
     }  # fmt: skip
 
 
+def without_other_newcomers(job: Job, silo: str) -> Job:
+    """The job in which of all who joined only one is left: another's mistake is not its own."""
+    sources = tuple(source for source in job.sources if not source.joined or source.name == silo)
+    return job.model_copy(update={"sources": sources})
+
+
 def timed(
     answers: Mapping[str, SiloUpdate | Exception], asked_at: Mapping[str, float], at: Mapping[str, float]
 ) -> dict[str, SiloUpdate | Exception]:
@@ -163,7 +184,7 @@ class LocalPool:
 
     def add(self, job: Job, silo: str) -> None:
         if silo not in self.silos:
-            prepare(job, "own" if method_of(job).vocabulary == "own" else "global")
+            prepare(without_other_newcomers(job, silo), tokenizer_kind(method_of(job).vocabulary))
             self.silos[silo] = self.make(job, specs_of(job, self.first)[silo])
 
     def ready(self) -> set[str]:

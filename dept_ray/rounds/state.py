@@ -135,11 +135,27 @@ def shared_body(state: RunState, holds: int) -> np.ndarray | Moves | None:
     return state.body.numpy() if steps is None else Moves(tuple(state.body.shape), holds, steps)
 
 
-def shared_rows(state: RunState, card: SiloCard, holds: int) -> np.ndarray | Moves | None:
-    """As `shared_body`, of the rows that one silo owns."""
+def shared_rows(
+    state: RunState, cards: Mapping[str, SiloCard], holds: Mapping[str, int]
+) -> dict[str, np.ndarray | Moves | None]:
+    """As `shared_body`, by silo, of the rows that it owns; one object for those who own all and hold the same."""
     if state.rows is None:
-        return None
-    mine, steps = card.rows_of(len(state.rows)), _steps_since(state, holds, "rows")
+        return dict.fromkeys(cards)
+    owned = {name: card.rows_of(len(state.rows)) for name, card in cards.items()}
+    everything = {
+        round: _rows_since(state, slice(None), round)
+        for round in {holds[name] for name, mine in owned.items() if isinstance(mine, slice)}
+    }
+    return {
+        name: everything[holds[name]] if isinstance(mine, slice) else _rows_since(state, mine, holds[name])
+        for name, mine in owned.items()
+    }
+
+
+def _rows_since(state: RunState, mine: np.ndarray | slice, holds: int) -> np.ndarray | Moves:
+    """Some of the rows for one who holds those of a round."""
+    assert state.rows is not None
+    steps = _steps_since(state, holds, "rows")
     if steps is None:
         return state.rows[mine].numpy()
     num_rows = len(state.rows) if isinstance(mine, slice) else len(mine)

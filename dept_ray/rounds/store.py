@@ -25,17 +25,13 @@ from dept_ray.draws import checksum
 from dept_ray.errors import RunError, StoreError, WrongRunError
 from dept_ray.messages import Change
 from dept_ray.metrics import Record, finite, read_records
+from dept_ray.rounds.folder import committed, in_progress, layout_fingerprint, load_round, read_manifest, run_folder
 from dept_ray.text.shards import write_atomically
 
 if TYPE_CHECKING:
     from dept_ray.rounds.state import RunState
 
 FORMAT = 1
-
-
-def run_folder(job: Job) -> Path:
-    """Where a job's run is kept."""
-    return Path(job.folder) / "runs" / job.name
 
 
 @dataclass(frozen=True)
@@ -174,7 +170,7 @@ class RunStore:
 
     def rounds(self) -> list[int]:
         """Committed rounds on disk, oldest first."""
-        return sorted(int(path.parent.name) for path in (self.folder / "rounds").glob("*/manifest.json"))
+        return committed(self.folder)
 
     def stands(self) -> "Standing":
         """What the last committed round says of where the run stands.
@@ -278,103 +274,6 @@ class RunStore:
             records = sorted([*before, *changed, last], key=lambda r: (r["round"], r["event"] == "change"))
         write_atomically(self.metrics, "".join(json.dumps(finite(record)) + "\n" for record in records).encode())
         return records
-
-
-def in_progress(folder: Path) -> dict[str, Any] | None:
-    """Where a run is in progress (pid, host, address), or None if it is not. The lock of a dead process is free."""
-    try:
-        with open(folder / "lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return None
-    except FileNotFoundError:
-        return None
-    except OSError:
-        try:
-            return json.loads((folder / "live.json").read_text())
-        except (OSError, ValueError):
-            return {}
-
-
-def read_job(folder: Path) -> Job:
-    """The job of a run's folder, as the run began.
-
-    Raises:
-        StoreError: it cannot be read.
-    """
-    file = folder / "config.json"
-    try:
-        job = Job.model_validate(json.loads(file.read_text())["job"])
-    except (OSError, ValueError, KeyError) as err:
-        raise StoreError(f"{file} cannot be read ({err}): restore it") from None
-    # The folder may have been moved since: its data and snapshots came along.
-    return job.model_copy(update={"folder": str(folder.absolute().parents[1])})
-
-
-def last_round(folder: Path) -> int:
-    """Number of the last committed round in a run's folder.
-
-    Raises:
-        StoreError: there is none.
-    """
-    rounds = [int(path.parent.name) for path in (folder / "rounds").glob("*/manifest.json")]
-    if not rounds:
-        raise StoreError(f"run folder {folder} has no committed round yet: train first")
-    return max(rounds)
-
-
-def load_round(folder: Path, round: int) -> "tuple[RunState, dict[str, Any]]":
-    """A committed round and its manifest.
-
-    Raises:
-        StoreError: a file is missing or altered.
-    """
-    from safetensors.torch import load
-
-    from dept_ray.rounds.state import RunState, SiloRecord
-
-    where = folder / "rounds" / f"{round:06d}"
-    manifest = read_manifest(where)
-    try:
-        tensors = {}
-        for name, expected in manifest["files"].items():
-            blob = (where / f"{name}.safetensors").read_bytes()
-            if checksum(blob) != expected:
-                raise StoreError(
-                    f"{where / name}.safetensors was altered: restore it, or delete {where} to go back a round"
-                )
-            tensors[name] = load(blob)[name]
-        silos = {name: SiloRecord(**silo) for name, silo in manifest["silos"].items()}
-    except (OSError, ValueError, KeyError, TypeError) as err:
-        raise StoreError(
-            f"round {round} in {where} cannot be read ({err}): restore it, or delete the folder to go back a round"
-        ) from err
-    counts = {"step": manifest["step"], "changes": tuple(manifest["changes"]), "heard": manifest["heard"]}
-    return RunState(manifest["round"], silos, **tensors, **counts), manifest
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """What a committed round says of itself.
-
-    Raises:
-        StoreError: it cannot be read.
-    """
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        needed = {"round", "files", "silos", "corpora", "layout", "record", "step", "changes", "heard"}
-        if missing := needed - set(manifest):
-            raise ValueError(f"{', '.join(sorted(missing))} missing")
-        return manifest
-    except (OSError, ValueError, TypeError) as err:
-        raise StoreError(
-            f"{folder}/manifest.json cannot be read ({err}): restore it, or delete {folder} to go back a round"
-        ) from err
-
-
-def layout_fingerprint(job: Job) -> str:
-    """What each element of a body's flat vector means."""
-    from dept_ray.silo.model import layout_of
-
-    return layout_of(job.model).fingerprint  # pyright: ignore[reportArgumentType] - a frozen section has a hash
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -48,7 +48,7 @@ def train(job: Job, pool: SiloPool, store: RunStore, log: Log, control: Control)
     state = store.load(corpora_of(pool.cards)) or fresh_state(job, method_of(job), pool.cards)
     history, commit = store.history(), Commit()
     while True:
-        if not pool.remote or control.asks(state.round) or state.round >= job.rounds.total:
+        if not pool.remote or control.asks or state.round >= job.rounds.total:
             commit()
             if control.take_checkpoint(state.round):
                 store.keep(state.round)
@@ -156,7 +156,9 @@ def orders_for(
     """
     fingerprint = "" if state.body is None else checksum(state.body.numpy())
     held = {name: (holds or {}).get(name, -1) for name in silos}
-    bodies = {round: shared_body(state, round) for round in set(held.values())}  # an object for all who get the same
+    # One object for all who get the same: it is made, and put where silos read it, once.
+    bodies = {round: shared_body(state, round) for round in set(held.values())}
+    rows = shared_rows(state, {name: cards[name] for name in silos}, held)
     every = job.rounds.score_every
     due = steps == 0 or (every > 0 and state.round % every == 0)
     frozen = _frozen_steps(job, state, steps)
@@ -168,7 +170,7 @@ def orders_for(
             total_steps=state.step + (job.rounds.total - state.round) * job.inner.local_steps,
             frozen_steps=frozen[name],
             fingerprint=fingerprint, codec=job.wire.codec, body=bodies[held[name]],
-            rows=shared_rows(state, cards[name], held[name]),
+            rows=rows[name],
         )
         for name in silos
     }  # fmt: skip

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -22,7 +22,6 @@ import torch
 from dept_ray.config import Job
 from dept_ray.errors import SiloError
 from dept_ray.messages import RoundOrder, SiloSpec
-from dept_ray.silo.hardware import MALLOC_SETTINGS
 from dept_ray.silo.team import ALONE, Team, join, new_store
 
 _LOOK_EVERY_S = 0.02
@@ -103,24 +102,21 @@ class Ranks:
         if self.spec.ranks == 1 or (self._crew is not None and not self._crew.gone()):
             return
         self.close()
-        limit_s, ranks = self.job.faults.start_timeout_s, range(1, self.spec.ranks)
-        self._store = new_store(limit_s)
-        self._store.set("job", self.job.model_dump_json())
-        self._store.set("spec", json.dumps(asdict(self.spec)))
-        self._crew, began = self._start(self._store.port, self.spec), time.monotonic()
-        while not self._store.check([f"here/{rank}" for rank in ranks]):
-            late = time.monotonic() - began > limit_s
-            told = f"its ranks did not start within faults.start_timeout_s = {limit_s:g}" if late else ""
-            if late or self._crew.gone():
-                told = self._told() or told or "one of its ranks ended as it began; its own log says more"
-                self.close()
-                raise SiloError(told)
-            time.sleep(_LOOK_EVERY_S)
-        try:
+        limit_s = self.job.faults.start_timeout_s
+        with ExitStack() as unless_all_meet:
+            unless_all_meet.callback(self.close)  # they would wait for a rank 0 that trains alone
+            self._store = new_store(limit_s)
+            self._store.set("job", self.job.model_dump_json())
+            self._store.set("spec", json.dumps(asdict(self.spec)))
+            self._crew, began = self._start(self._store.port, self.spec), time.monotonic()
+            while not self._store.check([f"here/{rank}" for rank in range(1, self.spec.ranks)]):
+                late = time.monotonic() - began > limit_s
+                told = f"its ranks did not start within faults.start_timeout_s = {limit_s:g}" if late else ""
+                if late or self._crew.gone():
+                    raise SiloError(self._told() or told or "one of its ranks ended as it began; its own log says more")
+                time.sleep(_LOOK_EVERY_S)
             self._team = join(self._store, 0, self.spec.ranks, self.spec.gpu, limit_s)
-        except BaseException:
-            self.close()  # they would wait for a rank 0 that trains alone
-            raise
+            unless_all_meet.pop_all()
 
     def _told(self) -> str:
         """What went wrong, as the others have told it."""
@@ -161,7 +157,7 @@ def start_processes(port: int, spec: SiloSpec) -> Crew:
     env = os.environ | {"PYTHONPATH": paths, "TORCH_CPP_LOG_LEVEL": "ERROR"}
     processes = []
     for rank in range(1, spec.ranks):
-        own = {"CUDA_VISIBLE_DEVICES": seen[rank]} if spec.gpu else MALLOC_SETTINGS
+        own = {"CUDA_VISIBLE_DEVICES": seen[rank]} if spec.gpu else {}
         command = [sys.executable, "-m", "dept_ray.silo.follower", str(port), str(rank)]
         # A session of its own: Ctrl-C is rank 0's to hear.
         processes.append(subprocess.Popen(command, env=env | own, stdin=subprocess.PIPE, start_new_session=True))

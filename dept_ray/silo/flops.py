@@ -3,7 +3,7 @@
 Counted as PaLM does (arXiv 2204.02311, appendix B): what the mathematics needs, not what was recomputed.
 """
 
-from dept_ray.config import ModelSection
+from dept_ray.sections import ModelSection
 from dept_ray.silo.model import layout_of
 
 PEAK_TFLOPS = {

@@ -14,9 +14,11 @@ from contextlib import closing, suppress
 from datetime import timedelta
 from typing import Any
 
-from dept_ray.config import Job, WireSection
-from dept_ray.errors import ShardError, SiloError
+from dept_ray.config import Job
+from dept_ray.errors import discreet
 from dept_ray.messages import RoundOrder, SiloSpec
+from dept_ray.sections import WireSection
+from dept_ray.silo.memory import keep_freed_memory
 from dept_ray.silo.silo import Silo
 from dept_ray.silo.team import join, open_store
 
@@ -43,11 +45,13 @@ def follow(port: int, rank: int) -> None:
                 silo.follow(order, told["moments"], team)
     except Exception as err:  # noqa: BLE001 - rank 0 is told, and it fails with this reason
         traceback.print_exc()
-        # As rank 0 does: what else an exception says may hold a piece of text, and under SPEC none of it leaves.
-        known = isinstance(err, SiloError | ShardError)
-        _tell(
-            store, f"failed/{rank}", f"{type(err).__name__}: {err}" if known else f"{type(err).__name__}; see its log"
-        )
+        _tell(store, f"failed/{rank}", _words(err))
+
+
+def _words(err: Exception) -> str:
+    """What rank 0 is told. Nothing of the error stays here: what its frames hold are this rank's connections."""
+    told = discreet(err)
+    return f"{type(told).__name__}: {told}"
 
 
 def _tell(store: Any, key: str, value: str) -> None:
@@ -78,5 +82,6 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     follow(int(sys.argv[1]), int(sys.argv[2]))

@@ -15,15 +15,6 @@ from dept_ray.config import Job
 from dept_ray.errors import ClusterError
 from dept_ray.silo.flops import peak_flops
 
-MALLOC_SETTINGS = {
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 33),
-    "MALLOC_TOP_PAD_": str(1 << 26),
-}
-"""Environment of a CPU silo's process: glibc keeps big blocks instead of faulting them in at every step (x1.6).
-
-They must be there before the process starts; they change speed, never results."""
-
 _COMPILE_PAYS_AFTER_STEPS = 3000
 """On 2 CPU cores a cold compile costs 9 to 22 s per process and saves some 5 ms a step."""
 

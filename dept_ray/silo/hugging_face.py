@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dept_ray.config import ModelSection
+from dept_ray.sections import ModelSection
 from dept_ray.silo.model import NORM_EPS, ROPE_THETA
 
 Tensors = Mapping[str, torch.Tensor]

@@ -8,7 +8,7 @@ is a function of the *global* step, so a silo that skipped rounds or joined late
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ import torch
 from dept_ray.config import Job
 from dept_ray.silo.hardware import Hardware
 from dept_ray.silo.model import Embedding, LanguageModel, Layout
+from dept_ray.silo.norms import Norms
 from dept_ray.silo.optimizer import AdamW, Group, Muon, Optimizer
 from dept_ray.silo.team import ALONE, Team
 
@@ -65,6 +66,8 @@ class Trained:
     tokens: int
     loss: float
     """Mean cross-entropy over the round, nats per token; nan without a step."""
+    norms: dict[str, list[float]] = field(default_factory=dict)
+    """As `silo.norms` reads them; empty where they are not measured."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,7 @@ def train_steps(
     losses = torch.zeros(max(schedule.steps, 1), device=hardware.device)
     done, began, watched = 0, time.perf_counter(), time.perf_counter()
     tokens_per_step = inner.batch_size * inner.context
+    norms = Norms(inner.norms_every if team.rank == 0 else 0, schedule.first_step)
     model.train()
     optimizer.zero_grad()  # a round that broke off in the middle of a step left its own there
     for batch in batches:
@@ -140,6 +144,8 @@ def train_steps(
         if hardware.device_type == "cuda":
             ids = ids.pin_memory().to(hardware.device, non_blocking=True)
         with torch.autocast(hardware.device_type, torch.bfloat16, enabled=hardware.autocast):
+            if norms.due(done):
+                norms.measure(done, model, optimizer.groups, ids[: hardware.micro_batch, :-1])
             for rows in ids.split(hardware.micro_batch):
                 loss = loss_of(rows[:, :-1], rows[:, 1:]) / tokens_per_step
                 loss.backward()
@@ -156,4 +162,4 @@ def train_steps(
             watched = now
     team.sum([losses])
     mean = losses[:done].double().mean().item() if done else math.nan
-    return Trained(done, done * tokens_per_step, mean)
+    return Trained(done, done * tokens_per_step, mean, norms.read())

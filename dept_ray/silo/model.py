@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dept_ray.config import ModelSection
 from dept_ray.draws import digest
+from dept_ray.sections import ModelSection
 from dept_ray.silo.attention import causal_attention
 from dept_ray.silo.loss import IGNORED, linear_cross_entropy
 

@@ -30,8 +30,8 @@ from dept_ray.silo.optimizer import Optimizer
 from dept_ray.silo.score import score_corpus, score_text
 from dept_ray.silo.snapshot import load_snapshot, prune_snapshots, save_snapshot, snapshot_name
 from dept_ray.silo.team import Team
-from dept_ray.silo.wire import Shared, Wire
-from dept_ray.text.prepare import corpus_folder
+from dept_ray.silo.wire import Shared, Wire, norm_of
+from dept_ray.text.prepare import corpus_folder, tokenizer_kind
 from dept_ray.text.shards import Corpus, open_corpus
 from dept_ray.text.stream import MixedStream, Position, Read, Stream
 from dept_ray.text.tokenizer import Vocabulary
@@ -51,7 +51,7 @@ def open_corpora(job: Job, spec: SiloSpec) -> dict[str, Corpus]:
     Raises:
         ShardError: a source is not prepared, or its shards were altered.
     """
-    kind = "own" if spec.vocabulary == "own" else "global"
+    kind = tokenizer_kind(spec.vocabulary)
     return {name: open_corpus(corpus_folder(job, name, kind)) for name in (*spec.sources, *spec.held_out)}
 
 
@@ -67,7 +67,7 @@ class Silo:
     Args:
         job: the run.
         spec: what this silo is.
-        read: how blocks become tokens; None reads the shards in this process.
+        read: how blocks become tokens, ahead of time; None reads the shards in this process.
         clock: seconds, for what is reported.
         start: how its other ranks are started, where it has some.
 
@@ -84,9 +84,7 @@ class Silo:
         self.hardware = choose_hardware(job, spec.threads, spec.gpu, spec.compile, spec.ranks)
         self.corpora = open_corpora(job, spec)
         self.vocabulary = vocabulary_of(spec, self.corpora)
-        self.stream = self._make_stream(
-            read or (lambda name, blocks: self.corpora[name].train.read(blocks, job.inner.context))
-        )
+        self.stream = self._make_stream(read)
         self.layout = layout_of(job.model)  # pyright: ignore[reportArgumentType] - a frozen section has a hash
         body = Body(job.model)
         body.recompute = job.inner.checkpoint_activations
@@ -166,7 +164,7 @@ class Silo:
         self._say("saving", order)
         with self._timed("code", seconds):
             deltas = self._deltas(shared)
-            norm = float(np.linalg.norm(deltas["body"].astype(np.float64))) if "body" in deltas else 0.0
+            norm = norm_of(deltas["body"]) if "body" in deltas else 0.0
             sent = self._wire.send(order.codec, deltas)
         with self._timed("save", seconds):
             snapshot = self._save(order, position)
@@ -332,7 +330,7 @@ class Silo:
             fingerprint=order.fingerprint, steps=trained.steps, tokens=trained.tokens, position=position,
             snapshot=snapshot, loss=trained.loss, scores=scores, epochs=self.stream.epochs(position), seconds=seconds,
             flops=trained.tokens * flops_per_token(self.job.model, self.job.inner.context, self.vocabulary.size),
-            peak_flops=self.hardware.peak_flops,
+            peak_flops=self.hardware.peak_flops, norms=trained.norms,
         )  # fmt: skip
 
     # ------------------------------------------------------------------------------------ embedding and moments
@@ -365,8 +363,9 @@ class Silo:
             self._optimizer.moments.setdefault(group, {})[key] = tensor.to(self.hardware.device)
 
     # ------------------------------------------------------------------------------------ the rest
-    def _make_stream(self, read: Read) -> MixedStream:
+    def _make_stream(self, read: Read | None) -> MixedStream:
         inner, seed = self.job.inner, self.job.seed
+        here: Read = lambda name, blocks: self.corpora[name].train.read(blocks, inner.context)  # noqa: E731
         trained = {n: self.corpora[n].train for n in self.spec.sources}
         streams = {n: Stream(n, int(train.starts(inner.context)[-1]), seed) for n, train in trained.items()}
         for name, stream in streams.items():
@@ -378,7 +377,7 @@ class Silo:
                 )
         tau = self.job.mixture.temperature
         weights = {n: self.job.source(n).weight * train.tokens**tau for n, train in trained.items()}
-        return MixedStream(streams, weights, inner.batch_size, inner.context, seed, read)
+        return MixedStream(streams, weights, inner.batch_size, inner.context, seed, read or here, here)
 
     def _say(self, doing: str, order: RoundOrder, **more: float) -> None:
         now: dict[str, Any] = {"doing": doing, "round": order.round, "steps": order.steps, "step": 0, **more}

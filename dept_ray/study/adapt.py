@@ -7,13 +7,35 @@ steps, the peak learning rate of the run for a random embedding and half of it f
 
 import math
 from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from dept_ray.config import Job
+from dept_ray.jobfile import load_job
+from dept_ray.rounds.changes import changed
+from dept_ray.rounds.folder import last_round, load_round, read_job
 from dept_ray.rounds.origin import tokenizer_file
 
 SHARE_OF_STEPS = 0.2
 """About so many of the steps of pre-training."""
+
+
+def adapt_job(run: Path, file: str | Path, **overrides: Any) -> Job:
+    """The job that goes on from a run's body as a job file says, with the paper's defaults where it says nothing.
+
+    Args:
+        run: folder of the run that is adapted.
+        file: a job file; at the least its [[sources]].
+        overrides: replace what the file says, such as `init={"embedding": "own"}`.
+
+    Raises:
+        ConfigError: the file does not describe a job.
+        StoreError: the run has no committed round.
+    """
+    state, _ = load_round(run, last_round(run))
+    overrides["init"] = {**overrides.get("init", {}), "run": str(run.absolute())}
+    return load_job(file, partial(adaptation, changed(read_job(run), state.changes)), **overrides)
 
 
 def adaptation(run: Job, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from dept_ray.config import Job
 from dept_ray.rounds.changes import changed
 from dept_ray.rounds.methods import method_of, silos_of
 from dept_ray.study.generate import last_state
-from dept_ray.text.prepare import corpus_folder
+from dept_ray.text.prepare import corpus_folder, tokenizer_kind
 from dept_ray.text.shards import open_corpus
 
 
@@ -63,7 +63,7 @@ def choose_source(job: Job, text: str, among: Sequence[str] = ()) -> Choice:
     method, num_bytes = method_of(job), len(text.encode())
     bits, cannot = dict[str, float](), list[str]()
     for name in among:
-        corpus = open_corpus(corpus_folder(job, name, "own" if method.vocabulary == "own" else "global"), verify=False)
+        corpus = open_corpus(corpus_folder(job, name, tokenizer_kind(method.vocabulary)), verify=False)
         ids = np.array(corpus.tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
         # Of the whole vocabulary, so that what a source never holds costs it something and not everything.
         bits[name] = float(corpus.unigram_nats(corpus.vocabulary)[ids].sum()) / math.log(2) / num_bytes

@@ -46,6 +46,17 @@ def cosines(stories: Sequence[Story]) -> list[str]:
     return _per_round(stories, title, label, _moved("cosine"), zero=True)
 
 
+def parameter_norms(stories: Sequence[Story]) -> list[str]:
+    """How large each silo's body is."""
+    return _per_round(stories, "Norm of the body", "L2 norm of all its parameters", _norms_of("body"), over="step")
+
+
+def activation_norms(stories: Sequence[Story]) -> list[str]:
+    """How large activations are in each silo."""
+    label = "L2 norm after the block where it is largest"
+    return _per_round(stories, "Norm of the activations", label, _norms_of("activation"), over="step")
+
+
 def bits(stories: Sequence[Story]) -> list[str]:
     """Bits per byte of each source's held-out text, and their mean."""
     curves = [story.bits() for story in stories]
@@ -124,12 +135,17 @@ def _moved(key: str) -> Callable[[Story], Curves]:
     return lambda story: story.of_silos(key) if any(down for _, down, _ in story.sent()) else {}
 
 
+def _norms_of(what: str) -> Callable[[Story], Curves]:
+    return lambda story: story.norms(what)
+
+
 def _per_round(
-    stories: Sequence[Story], title: str, label: str, curves_of: Callable[[Story], Curves], zero: bool = False
-) -> list[str]:
+    stories: Sequence[Story], title: str, label: str, curves_of: Callable[[Story], Curves], zero: bool = False,
+    over: str = "round",
+) -> list[str]:  # fmt: skip
     """A chart a run of one figure of its silos."""
     curves, colors = [curves_of(story) for story in stories], colors_of(stories)
-    x, y = _rounds_axis("round", curves), axis_over(label, _values(curves), zero=zero)
+    x, y = _rounds_axis(over, curves), axis_over(label, _values(curves), zero=zero)
     return [
         line_chart(
             titled(title, story, stories), [Line(k, tuple(p), colors[k]) for k, p in sorted(known.items())], x, y

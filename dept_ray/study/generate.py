@@ -16,9 +16,9 @@ from dept_ray.draws import seed_for
 from dept_ray.errors import ConfigError, StoreError, VocabularyError
 from dept_ray.messages import Score
 from dept_ray.rounds.changes import changed
+from dept_ray.rounds.folder import last_round, load_round
 from dept_ray.rounds.pool import specs_of
 from dept_ray.rounds.state import RunState
-from dept_ray.rounds.store import last_round, load_round
 from dept_ray.rounds.train import orders_for
 from dept_ray.silo.silo import Silo
 

@@ -269,8 +269,8 @@ def _few(names: list[str]) -> str:
 
 def plan_job(job: Job) -> Plan:
     """`plan` with the sizes of whatever text is prepared already."""
-    from dept_ray.text.prepare import prepared_sizes
+    from dept_ray.text.prepare import prepared_sizes, tokenizer_kind
 
     vocabulary = method_of(job).vocabulary
-    sizes = prepared_sizes(job, "own" if vocabulary == "own" else "global", vocabulary == "trimmed")
+    sizes = prepared_sizes(job, tokenizer_kind(vocabulary), vocabulary == "trimmed")
     return plan(job, sizes["vocabulary_sizes"], sizes["tokens"])

@@ -53,7 +53,7 @@ def report_on(stories: Sequence[Story]) -> str:
     parts += [page.words(f"{story.name}: {story.error}", "bad") for story in stories if story.error]
     parts.append(_tiles(stories[0]) if len(stories) == 1 else _comparison(stories))
     parts += [_what_was_run(stories), _curves(stories), _scores(stories), _time(stories), _membership(stories)]
-    parts += [_traffic(stories), _agreement(stories), _settings(stories)]
+    parts += [_traffic(stories), _agreement(stories), _sizes(stories), _settings(stories)]
     return page.document(f"dept_ray: {', '.join(story.name for story in stories)}", "".join(parts))
 
 
@@ -204,6 +204,14 @@ def _traffic(stories: Sequence[Story]) -> str:
 
 def _agreement(stories: Sequence[Story]) -> str:
     return page.heading("How the silos agree") + _laid_out(stories, figures.norms, figures.cosines)
+
+
+def _sizes(stories: Sequence[Story]) -> str:
+    """Nothing, where no run measured its norms."""
+    if not any(story.norms("body") for story in stories):
+        return ""
+    charts = _laid_out(stories, figures.parameter_norms, figures.activation_norms)
+    return page.heading("How large parameters and activations grow") + charts
 
 
 def _laid_out(stories: Sequence[Story], *kinds: Callable[[Sequence[Story]], list[str]]) -> str:

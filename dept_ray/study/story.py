@@ -94,6 +94,16 @@ class Story:
                     found[name].append((record["round"], math.nan))
         return found
 
+    def norms(self, what: str) -> dict[str, Points]:
+        """The `body`'s, the `embedding`'s or the `activation`'s L2 norm in each silo: (global inner step, value)."""
+        found: dict[str, Points] = {}
+        for record in self.rounds:
+            for name, silo in record["silos"].items():
+                if norms := silo.get("norms"):
+                    points = zip(norms["step"], map(_number, norms[what]), strict=True)
+                    found.setdefault(name, []).extend(points)
+        return found
+
     def bits(self) -> dict[str, Points]:
         """Bits per byte of each source: (rounds behind the measured state, value).
 

@@ -17,8 +17,8 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from dept_ray.config import FilesSource
 from dept_ray.errors import SourceError
+from dept_ray.sections import FilesSource
 
 Side = Literal["train", "validation"]
 

@@ -26,9 +26,10 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from dept_ray.config import Job, Source
+from dept_ray.config import Job
 from dept_ray.draws import digest
 from dept_ray.errors import VocabularyError
+from dept_ray.sections import Source
 from dept_ray.text import shards
 from dept_ray.text.tasks import Task, clean, index, learn_own, pack, sample, save_tokenizer, text_index, text_parts
 from dept_ray.text.tokenizer import load_tokenizer, train_tokenizer
@@ -152,7 +153,7 @@ def _check_same(job: Job, finished: list[Source], tokenizer: bytes) -> None:
 def text_key(source: Source) -> str:
     """Digest of all that decides a source's text."""
     of_no_text = {"weight", "storage", "resources", "vocab_size", "tokens", "held_out", "joined"}
-    kept = source.model_dump(mode="json", exclude=of_no_text)
+    kept = source.model_dump(mode="json", exclude={**dict.fromkeys(of_no_text, True), "of": {"__all__": of_no_text}})
     return digest(json.dumps(kept, sort_keys=True))
 
 
@@ -174,6 +175,15 @@ def global_tokenizer_folder(job: Job) -> Path:
     """The tokenizer that all sources share."""
     key = _tokenizer_key(job, [text_key(s) for s in _behind_tokenizer(job)])
     return Path(job.folder) / "data" / "tokenizers" / key
+
+
+def tokenizer_kind(vocabulary: str) -> TokenizerKind:
+    """Whose tokenizer a vocabulary of `rounds.methods` needs.
+
+    >>> tokenizer_kind("own"), tokenizer_kind("trimmed")
+    ('own', 'global')
+    """
+    return "own" if vocabulary == "own" else "global"
 
 
 def corpus_folder(job: Job, name: str, kind: TokenizerKind) -> Path:

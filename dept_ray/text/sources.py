@@ -14,15 +14,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from dept_ray.config import FilesSource, HubSource, InstalledSource
 from dept_ray.errors import SourceError
+from dept_ray.sections import DealtSource, FilesSource, HubSource, ReadSource, Source
 from dept_ray.text.files import Side, file_documents, no_column, no_string
 from dept_ray.text.installed import installed_documents
 
-AnySource = HubSource | FilesSource | InstalledSource
 
-
-def documents(source: AnySource) -> Iterator[tuple[Side, str]]:
+def documents(source: Source) -> Iterator[tuple[Side, str]]:
     """The documents of a source, each with its side, in one deterministic order.
 
     Kept as they are but for line ends (CR LF to LF), NUL characters (left out) and lone surrogates (replaced, for they
@@ -32,6 +30,18 @@ def documents(source: AnySource) -> Iterator[tuple[Side, str]]:
     Raises:
         SourceError: the source cannot be read, or a side that should hold text holds none.
     """
+    return _dealt(source) if isinstance(source, DealtSource) else _read(source)
+
+
+def _dealt(source: DealtSource) -> Iterator[tuple[Side, str]]:
+    """The documents of all its sources that fall to its share; by other bytes of the hash than those of the side."""
+    for each in source.of:
+        for side, text in _read(each):
+            if int.from_bytes(_key(text.encode())[8:], "big") % source.shares == source.share:
+                yield side, text
+
+
+def _read(source: ReadSource) -> Iterator[tuple[Side, str]]:
     named = _names_validation(source)
     # Both are opened, and so checked, before either is read.
     streams: list[tuple[Side, Iterator[str]]] = [("train", raw_documents(source, "train"))]
@@ -51,7 +61,7 @@ def documents(source: AnySource) -> Iterator[tuple[Side, str]]:
         for raw in stream:
             text = _clean(raw)
             data = text.encode()
-            key = hashlib.blake2b(data, digest_size=16).digest()
+            key = _key(data)
             side: Side = stream_side if named else _side_of(key, source.validation_share)
             if not text.strip() or key in seen or room[side] <= 0:
                 continue
@@ -76,7 +86,7 @@ def documents(source: AnySource) -> Iterator[tuple[Side, str]]:
         raise SourceError(f"{_label(source)}: no validation text in it; {remedy}")
 
 
-def raw_documents(source: AnySource, split: Side) -> Iterator[str]:
+def raw_documents(source: ReadSource, split: Side) -> Iterator[str]:
     """The raw text of what a source names for one side; nothing for "validation" where it names none.
 
     What can be checked without reading all is checked here, before the first document is asked for.
@@ -93,10 +103,14 @@ def raw_documents(source: AnySource, split: Side) -> Iterator[str]:
     return installed_documents(source.collection)
 
 
-def _names_validation(source: AnySource) -> bool:
+def _names_validation(source: ReadSource) -> bool:
     if isinstance(source, FilesSource):
         return bool(source.validation_paths)
     return isinstance(source, HubSource) and source.validation_split is not None
+
+
+def _key(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def _side_of(key: bytes, validation_share: float) -> Side:
@@ -112,11 +126,11 @@ def _clean(raw: str) -> str:
     return text
 
 
-def _label(source: AnySource) -> str:
+def _label(source: ReadSource) -> str:
     return f'source "{source.name}"'
 
 
-def _key_of_text(source: AnySource) -> str:
+def _key_of_text(source: ReadSource) -> str:
     if isinstance(source, FilesSource):
         return f"paths = {list(source.paths)} and column = {source.column!r}"
     if isinstance(source, HubSource):

@@ -5,7 +5,8 @@ replayed silo reads exactly what it would have read. Within an epoch the blocks 
 One source is a mixture of one: `MixedStream` draws each row's source with p_k proportional to n_k ** tau.
 
 Reading is an argument: `read(source, blocks)` is `Shards.read` in process and a bounded Ray Data dataset on a
-cluster (`on_ray.streaming`), with the same bits. What is next is read, a window at a time, in a background thread.
+cluster (`on_ray.streaming`), with the same bits. What is next is read, a window at a time, in a background thread; only
+what is waited for, at the start or after a jump, is a few batches read directly.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,8 @@ Read = Callable[[str, np.ndarray], np.ndarray]
 WINDOW_BYTES, WINDOW_STEPS = 64 << 20, 256
 """What is read at once: no more than this, at two bytes a token, and no more batches. Windows know nothing of rounds:
 a short one takes the next of what is there."""
+WAITED_FOR_STEPS = 32
+"""Batches in a window that is waited for: Ray Data takes seconds to its first token, which are then trained away."""
 
 
 class Stream:
@@ -79,7 +82,8 @@ class MixedStream:
         batch_size: B, rows per batch.
         context: T.
         seed: of the draws.
-        read: how blocks become tokens; called from two threads.
+        read: how blocks become tokens; called from a background thread.
+        read_now: the same, for one who waits; None: `read`.
     """
 
     def __init__(
@@ -90,9 +94,11 @@ class MixedStream:
         context: int,
         seed: int,
         read: Read,
+        read_now: Read | None = None,
     ) -> None:
         self.streams, self.names = dict(streams), list(streams)
-        self.batch_size, self.context, self.seed, self.read = batch_size, context, seed, read
+        self.batch_size, self.context, self.seed = batch_size, context, seed
+        self.read, self.read_now = read, read_now or read
         p = np.array([weights[name] for name in self.names], dtype=np.float64)
         self._edges = np.cumsum(p / p.sum())[:-1]
         self._window: _Window | None = None
@@ -138,14 +144,14 @@ class MixedStream:
         else:
             if ahead is not None:
                 ahead[1].cancel()  # nobody will ask for it
-            self._window = self._read(position)
+            self._window = self._read(position, self.read_now, WAITED_FOR_STEPS)
         next_up = self._named(self._window.positions[-1])
-        self._ahead = (next_up, self._thread.submit(self._read, next_up))
+        self._ahead = (next_up, self._thread.submit(self._read, next_up, self.read, WINDOW_STEPS))
         return self._window, 0
 
-    def _read(self, position: Position) -> "_Window":
+    def _read(self, position: Position, read: Read, most: int) -> "_Window":
         """As many batches as a window holds: each source's share in one read, laid out by the draws."""
-        steps = max(1, min(WINDOW_STEPS, WINDOW_BYTES // (self.batch_size * (self.context + 1) * 2)))
+        steps = max(1, min(most, WINDOW_BYTES // (self.batch_size * (self.context + 1) * 2)))
         draws = self._draws(position, steps)
         drawn = np.stack([(draws == i).reshape(steps, -1).sum(1) for i in range(len(self.names))], axis=1)
         positions = np.cumsum(np.concatenate([self._array(position)[None], drawn]), axis=0)
@@ -153,7 +159,7 @@ class MixedStream:
         for i, name in enumerate(self.names):
             rows = np.flatnonzero(draws == i)
             if len(rows):
-                tokens = self.read(name, self.streams[name].blocks(position[name], len(rows)))
+                tokens = read(name, self.streams[name].blocks(position[name], len(rows)))
                 out = np.empty((len(draws), tokens.shape[1]), tokens.dtype) if out is None else out
                 out[rows] = tokens
         assert out is not None

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dept_ray.config import TokenizerSection
 from dept_ray.errors import VocabularyError
+from dept_ray.sections import TokenizerSection
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

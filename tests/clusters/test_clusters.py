@@ -20,11 +20,11 @@ from ray.core.generated.common_pb2 import LabelSelectorOperator
 from tiny import tiny_job
 
 from dept_ray.cli import main
-from dept_ray.config import Resources
 from dept_ray.errors import ClusterError
 from dept_ray.on_ray.cluster import AUTOSCALES, check_nodes
 from dept_ray.on_ray.notices import CLOUDS as CLOUDS_THAT_TELL
 from dept_ray.on_ray.notices import cloud_of
+from dept_ray.sections import Resources
 
 ROOT = Path(__file__).parents[2]
 CLUSTERS = ROOT / "clusters"

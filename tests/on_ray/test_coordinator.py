@@ -14,7 +14,8 @@ from rich.console import Console
 
 from dept_ray.client import Run
 from dept_ray.config import Job
-from dept_ray.rounds.store import RunStore, load_round
+from dept_ray.rounds.folder import load_round
+from dept_ray.rounds.store import RunStore
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_here")]
 QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115 - lives as long as the tests

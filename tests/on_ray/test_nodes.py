@@ -24,8 +24,9 @@ from tiny import SOURCES, write_texts
 from dept_ray.client import Run
 from dept_ray.config import Job
 from dept_ray.rounds.control import Control
+from dept_ray.rounds.folder import load_round
 from dept_ray.rounds.pool import LocalPool
-from dept_ray.rounds.store import RunStore, load_round
+from dept_ray.rounds.store import RunStore
 from dept_ray.rounds.train import train
 
 pytestmark = [pytest.mark.ray]

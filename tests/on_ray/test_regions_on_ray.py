@@ -4,7 +4,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,23 @@ class Region:
             )  # fmt: skip
 
     def kill(self) -> None:
-        """The whole region: its agent, its silos, its Ray."""
+        self._signal(signal.SIGKILL)
+        self.process.wait()
+
+    def kill_when(self, missed: Callable[[], bool]) -> None:
+        """Kill it while somebody waits for it: it stands still until it is missed, or proves to have been done."""
+        self._signal(signal.SIGSTOP)
+        while not missed():
+            self._signal(signal.SIGCONT)
+            time.sleep(0.3)
+            self._signal(signal.SIGSTOP)
+        self.kill()
+
+    def _signal(self, number: int) -> None:
+        """To the whole region: its agent, its silos, its Ray."""
         for pid in [self.process.pid, *below(self.process.pid)]:
             with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self.process.wait()
+                os.kill(pid, number)
 
 
 @contextmanager
@@ -101,9 +114,16 @@ def test_a_region_is_cut_off_for_two_rounds_and_another_is_killed_in_mid_round(
             mended = len(rounds())
             wait(lambda: any(len(record["silos"]) == 3 for record in rounds()[mended:]))
 
+            def missed() -> bool:
+                since = len(rounds())
+                wait(lambda: len(rounds()) >= since + 3 or refused_since(since))
+                return refused_since(since)
+
+            def refused_since(since: int) -> bool:
+                return any(set(record["refused"]) == {"code", "latin"} for record in rounds()[since:])
+
             before = box.read("us/beat")["agent"]
-            wait(lambda: run.status().silos["code"].doing == "training")
-            there["us"].kill()
+            there["us"].kill_when(missed)
             killed = len(rounds())
             run.pause()
             there["us"].start()

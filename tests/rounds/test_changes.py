@@ -14,10 +14,11 @@ from dept_ray.method_names import METHOD_NAMES
 from dept_ray.metrics import JsonLines, Log, read_records
 from dept_ray.rounds.changes import LIVE_KEYS, check_change
 from dept_ray.rounds.control import Control
+from dept_ray.rounds.folder import load_round
 from dept_ray.rounds.methods import METHODS
 from dept_ray.rounds.pool import Deadline, LocalPool, Meanwhile, nothing
 from dept_ray.rounds.state import RunState
-from dept_ray.rounds.store import RunStore, load_round
+from dept_ray.rounds.store import RunStore
 from dept_ray.rounds.train import train
 
 OUTER = {"preset": "nesterov", "rows_momentum": 0.5}
@@ -204,6 +205,8 @@ def test_what_cannot_join_or_leave_is_refused_by_name(tiny):
     job = tiny("spec", **SHORT)
     with pytest.raises(ConfigError, match=r'sources: the name "latin" stands twice'):
         check_change(job, dialect(job, "latin"))
+    with pytest.raises(ConfigError, match=r"sources\.dialect\.held_out = true: under method"):
+        check_change(job, dialect(job, held_out=True))
     with pytest.raises(ConfigError, match=r"sources\.dialect\.colum: unknown key; did you mean column\?"):
         check_change(job, dialect(job, colum="x"))
     for change in ({"drop": "latn"}, {"return": "latn"}):

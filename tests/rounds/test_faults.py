@@ -38,10 +38,11 @@ from dept_ray.messages import Change, RoundOrder, SiloUpdate
 from dept_ray.method_names import METHOD_NAMES
 from dept_ray.metrics import JsonLines, Log, read_records
 from dept_ray.rounds.control import Control
+from dept_ray.rounds.folder import load_round, run_folder
 from dept_ray.rounds.methods import METHODS, MIXTURE
 from dept_ray.rounds.pool import Deadline, LocalPool, Meanwhile, nothing
 from dept_ray.rounds.state import RunState
-from dept_ray.rounds.store import RunStore, load_round, run_folder
+from dept_ray.rounds.store import RunStore
 from dept_ray.rounds.train import train
 from dept_ray.silo.silo import silo_folder
 from dept_ray.silo.snapshot import load_snapshot

@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 from tiny import a_card, an_answer
 
-from dept_ray.config import FaultsSection, Job
+from dept_ray.config import Job
 from dept_ray.errors import QuorumLost, SiloError, StoreError
 from dept_ray.jobfile import parse_job
-from dept_ray.messages import RoundOrder, SiloCard, SiloStatus, SiloUpdate
+from dept_ray.messages import Delta, Held, RoundOrder, SiloCard, SiloStatus, SiloUpdate
 from dept_ray.rounds.control import Control
+from dept_ray.rounds.folder import load_round, run_folder
 from dept_ray.rounds.membership import choose, deadline_s, judge, refusal
 from dept_ray.rounds.pool import Deadline, Meanwhile, nothing
-from dept_ray.rounds.store import RunStore, load_round, run_folder
+from dept_ray.rounds.store import RunStore
 from dept_ray.rounds.train import train
+from dept_ray.sections import FaultsSection
 
 SILOS = ("a", "b", "c", "d", "e")
 
@@ -187,6 +189,18 @@ def test_the_uninvited_are_not_heard():
     orders = orders_for(("a", "b"))
     answers = {name: an_answer(name, order=orders["a"]) for name in ("a", "z")}
     assert list(judge(job_of(), orders, answers).accepted) == ["a"]
+
+
+def test_whose_delta_was_lost_after_it_had_answered_is_refused():
+    def lost() -> Delta:
+        raise StoreError("its node is gone")
+
+    orders = orders_for(("a", "b"))
+    answers = {name: an_answer(name, order=orders[name]) for name in orders}
+    answers["b"] = replace(answers["b"], body=Held(lost))
+    verdict = judge(job_of(), orders, answers)
+    assert list(verdict.accepted) == ["a"]
+    assert verdict.refused == {"b": "StoreError: its node is gone"}
 
 
 def lengths(norms: dict[str, float], steps: dict[str, int] | None = None, **faults: object) -> dict[str, str]:

@@ -17,11 +17,12 @@ from dept_ray.in_process import train_here
 from dept_ray.metrics import read_records
 from dept_ray.preparing import begun, prepare
 from dept_ray.rounds.control import Control
+from dept_ray.rounds.folder import last_round, load_round, run_folder
 from dept_ray.rounds.methods import method_of
 from dept_ray.rounds.origin import tokenizer_file
 from dept_ray.rounds.pool import specs_of
 from dept_ray.rounds.state import RunState, fresh_state
-from dept_ray.rounds.store import RunStore, last_round, load_round, run_folder
+from dept_ray.rounds.store import RunStore
 from dept_ray.rounds.train import orders_for
 from dept_ray.silo.fresh import drawn_embedding, fresh_body, fresh_embedding, fresh_rows
 from dept_ray.silo.silo import Silo, silo_folder

@@ -9,8 +9,9 @@ import torch
 from dept_ray.errors import RunError, StoreError, WrongRunError
 from dept_ray.metrics import JsonLines, read_records
 from dept_ray.rounds import store as store_module
+from dept_ray.rounds.folder import in_progress, load_round
 from dept_ray.rounds.state import RunState, SiloRecord
-from dept_ray.rounds.store import RunStore, in_progress, load_round
+from dept_ray.rounds.store import RunStore
 
 CORPORA = {"a": "tokens of a", "b": "tokens of b"}
 

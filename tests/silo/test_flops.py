@@ -6,8 +6,8 @@ from contextlib import closing
 import pytest
 import torch
 
-from dept_ray.config import ModelSection
 from dept_ray.rounds.pool import specs_of
+from dept_ray.sections import ModelSection
 from dept_ray.silo import flops, micro_batch
 from dept_ray.silo.flops import flops_per_token, peak_flops
 from dept_ray.silo.micro_batch import counts_to_try, find_micro_batch, fitting

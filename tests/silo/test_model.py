@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from dept_ray.config import ModelSection
+from dept_ray.sections import ModelSection
 from dept_ray.silo import attention
 from dept_ray.silo.attention import causal_attention
 from dept_ray.silo.model import (
@@ -222,7 +222,7 @@ def test_initial_scales(section: ModelSection) -> None:
 
 INITIAL_BYTES = """
 import torch
-from dept_ray.config import ModelSection
+from dept_ray.sections import ModelSection
 from dept_ray.draws import digest
 from dept_ray.silo.model import Body, initialise
 initialise(body := Body(ModelSection(layers=2, width=40, heads=4)), torch.Generator().manual_seed(0))

@@ -17,6 +17,7 @@ from dept_ray.config import Job
 from dept_ray.errors import SiloError
 from dept_ray.messages import RoundOrder, SiloSpec
 from dept_ray.rounds.pool import specs_of
+from dept_ray.silo import crew as crew_module
 from dept_ray.silo import team as team_module
 from dept_ray.silo.crew import Crew, start_processes
 from dept_ray.silo.follower import follow
@@ -171,6 +172,26 @@ def test_a_rank_that_never_comes_is_told(tiny, open_silo):
     silo = open_silo(job, start=Nobody)
     with pytest.raises(SiloError, match=r"did not start within faults\.start_timeout_s = 0\.2"):
         silo.obey(first_order(job, silo))
+
+
+def test_ranks_that_cannot_meet_are_let_go_and_the_next_order_succeeds(tiny, open_silo, monkeypatch):
+    def no_port(*args: object) -> Team:
+        raise SiloError("rank 0 cannot open a port")
+
+    ended: list[int] = []
+
+    class Counted(Threads):
+        def end(self) -> None:
+            ended.append(len(self.threads))
+
+    job = tiny("spec", resources={"ranks": 2})
+    silo = open_silo(job, start=Counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(crew_module, "join", no_port)
+        with pytest.raises(SiloError, match="cannot open a port"):
+            silo.obey(first_order(job, silo))
+    assert ended == [1]
+    assert silo.obey(first_order(job, silo)).steps == job.inner.local_steps
 
 
 def test_a_card_tells_the_ranks_and_their_threads_are_the_silo_s_shared(tiny, open_silo):

@@ -10,8 +10,8 @@ from dept_ray.client import Run
 from dept_ray.config import Job
 from dept_ray.errors import ConfigError, VocabularyError
 from dept_ray.in_process import train_here
-from dept_ray.rounds.store import run_folder
-from dept_ray.study.choose import Choice, choose_source
+from dept_ray.rounds.folder import run_folder
+from dept_ray.study.choose import Choice, choose_for, choose_source
 
 UNSEEN = range(DOCUMENTS, DOCUMENTS + HELD_OUT)
 
@@ -61,6 +61,15 @@ def test_a_source_that_is_held_out_is_never_chosen(tiny: Callable[..., Job]):
     sources = [source.model_dump(mode="json", exclude_unset=True) for source in tiny("std").sources]
     job = tiny("std", sources=[{**source, "held_out": source["name"] == "latin"} for source in sources])
     assert choose_source(job, document("latin", DOCUMENTS)).source != "latin"
+
+
+def test_a_source_whose_silo_never_trained_is_not_chosen(tiny: Callable[..., Job]):
+    run = trained(tiny("spec-opt", rounds={"total": 1, "choose": 1}))
+    (worked,) = next(record for record in run.history() if record["event"] == "round")["silos"]
+    (idle, *_) = set(SOURCES) - {worked}
+    text = document(idle, DOCUMENTS)
+    assert choose_source(run.job, text).source == idle
+    assert choose_for(run.job, run.folder, text).source == worked
 
 
 def test_a_text_is_scored_as_validation_is(tiny: Callable[..., Job]):

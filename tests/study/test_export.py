@@ -17,12 +17,13 @@ from tokenizers import AddedToken, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, LlamaForCausalLM
 
 from dept_ray.cli import main
-from dept_ray.config import Job, TokenizerSection
+from dept_ray.config import Job
 from dept_ray.errors import ConfigError, StoreError, VocabularyError
 from dept_ray.in_process import train_here
 from dept_ray.metrics import read_records
 from dept_ray.rounds.control import Control
-from dept_ray.rounds.store import run_folder
+from dept_ray.rounds.folder import run_folder
+from dept_ray.sections import TokenizerSection
 from dept_ray.silo.score import bits_per_byte
 from dept_ray.silo.silo import Silo
 from dept_ray.study.export import export

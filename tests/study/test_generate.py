@@ -16,8 +16,8 @@ from dept_ray.errors import ConfigError, StoreError, VocabularyError
 from dept_ray.in_process import train_here
 from dept_ray.metrics import read_records
 from dept_ray.rounds.control import Control
+from dept_ray.rounds.folder import run_folder
 from dept_ray.rounds.methods import METHODS
-from dept_ray.rounds.store import run_folder
 from dept_ray.silo.score import bits_per_byte, loss
 from dept_ray.silo.silo import Silo
 from dept_ray.study.generate import generate, last_state, load_silo, score_run, silo_of, trained_silo

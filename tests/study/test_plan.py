@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from dept_ray.config import Job, WireSection
+from dept_ray.config import Job
 from dept_ray.console import human
 from dept_ray.errors import ConfigError
 from dept_ray.jobfile import load_job, parse_job
+from dept_ray.sections import WireSection
 from dept_ray.silo import loss
 from dept_ray.silo.hardware import choose_hardware
 from dept_ray.study.costs import Plan

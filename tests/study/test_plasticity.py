@@ -8,7 +8,7 @@ from typing import Any
 from dept_ray.config import Job
 from dept_ray.in_process import train_here
 from dept_ray.metrics import Record, read_records
-from dept_ray.rounds.store import run_folder
+from dept_ray.rounds.folder import run_folder
 from dept_ray.study import plasticity
 from dept_ray.study.adapt import adaptation
 from dept_ray.study.plasticity import area, curve, plasticity_table, steps_to

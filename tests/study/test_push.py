@@ -14,7 +14,7 @@ from tiny import ready_job
 
 from dept_ray.errors import StoreError
 from dept_ray.in_process import train_here
-from dept_ray.rounds.store import run_folder
+from dept_ray.rounds.folder import run_folder
 from dept_ray.study.export import export
 
 NAME = "someone/latin"

@@ -8,8 +8,8 @@ import pytest
 from tiny import SOURCES, document
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from dept_ray.config import TokenizerSection
 from dept_ray.errors import VocabularyError
+from dept_ray.sections import TokenizerSection
 from dept_ray.text.renumber import rows_tokenizer
 from dept_ray.text.tokenizer import END_OF_TEXT, Vocabulary, train_tokenizer, vocabulary_size
 

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dept_ray.config import FilesSource, HubSource, InstalledSource
 from dept_ray.errors import SourceError
+from dept_ray.sections import FilesSource, HubSource, InstalledSource
 from dept_ray.text import sources
 from dept_ray.text.sources import documents, raw_documents
 

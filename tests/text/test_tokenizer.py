@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dept_ray.config import TokenizerSection
 from dept_ray.draws import generator
 from dept_ray.errors import VocabularyError
+from dept_ray.sections import TokenizerSection
 from dept_ray.text.tokenizer import (
     END_OF_TEXT,
     Vocabulary,

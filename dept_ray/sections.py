@@ -1,0 +1,378 @@
+"""Every knob of a run by section, with its unit, its default and the reason for it: the tables of the files in `jobs/`.
+
+`config.Job` puts them together. Each section refuses here what is wrong in itself.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from dept_ray.codec import CodecName
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """`[model]`: the transformer. Defaults are the paper's 12 blocks (METHOD.md section 3)."""
+
+    arch: Literal["gpt2", "llama"] = "gpt2"
+    """gpt2: learned positions, LayerNorm, GELU, biases. llama: RoPE, RMSNorm, SwiGLU. Both export to Hugging Face."""
+    layers: Positive = 12
+    width: Positive = 768
+    heads: Positive = 12
+    mlp_width: Positive | None = None
+    """Hidden width of the MLP; None: 4 * width for gpt2, 8/3 * width rounded up to 64 for llama (equal parameters)."""
+    positions: Positive | None = None
+    """L, the length of the learned position table; None: `inner.context`."""
+
+    @property
+    def hidden(self) -> int:
+        """The MLP's hidden width in force."""
+        if self.mlp_width is not None:
+            return self.mlp_width
+        return 4 * self.width if self.arch == "gpt2" else -(-8 * self.width // 3 // 64) * 64
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> "ModelSection":
+        if self.width % self.heads:
+            raise ValueError(f"model.width = {self.width} is not a multiple of model.heads = {self.heads}")
+        if self.arch == "llama" and (self.width // self.heads) % 2:
+            each = self.width // self.heads
+            raise ValueError(f"model.width / model.heads = {each} must be even for rotary positions")
+        return self
+
+
+class TokenizerSection(Section):
+    """`[tokenizer]`: one setting for the global tokenizer, or for each source's own one."""
+
+    kind: Literal["bpe", "unigram", "file", "hub"] = "bpe"
+    """bpe: byte-level BPE. unigram: as SPEC-OPT in the paper. file: an existing tokenizer.json. hub: by name."""
+    vocab_size: Annotated[int, Field(ge=258)] = 50_257
+    """Rows, the end-of-text token included. Paper: 50,257 (Pile, SPEC-OPT), 250,112 (mC4)."""
+    name: str | None = None
+    """Path (kind = file) or Hub name (kind = hub)."""
+    temperature: Annotated[float, Field(ge=0, le=1)] = 0.3
+    """How a global tokenizer's sample is shared among sources: p_k proportional to bytes_k ** temperature."""
+    sample_bytes: Positive = 50_000_000
+    """Text that a tokenizer is trained on, in bytes (over all sources for a global one, per source for an own one)."""
+    vocabulary: Literal["global", "trimmed", "own"] | None = None
+    """Overrides the method's vocabulary, for `isolated` with own tokenizers; None: what the method says."""
+    global_vocab_size: Positive | None = None
+    """|V| of the global vocabulary that `dept-ray plan` compares own tokenizers with; paper: as `vocab_size` above."""
+
+    @model_validator(mode="after")
+    def _existing_needs_name(self) -> "TokenizerSection":
+        if self.kind in ("file", "hub") and not self.name:
+            raise ValueError(f'tokenizer.kind = "{self.kind}" needs tokenizer.name, the path or Hub name to load')
+        return self
+
+
+class Resources(Section):
+    """`[resources]`, or `resources = {...}` of one source: what Ray holds for a silo."""
+
+    num_gpus: Annotated[float, Field(ge=0)] = 0
+    """GPUs per silo; fractions share one."""
+    num_cpus: Annotated[float, Field(ge=0)] = 0
+    """Logical CPUs that Ray sets aside per silo. Keep 0 on a GPU: silos that hold every CPU starve Ray Data."""
+    labels: dict[str, str] = {}
+    """Node labels that place the silo, such as region = "eu"."""
+    ranks: Positive | None = None
+    """Processes that train a silo together, on one node, each with an equal share of every batch, of num_gpus, num_cpus
+    and inner.threads. None: one for each whole GPU, one on a CPU. Each holds the whole model: it must fit one GPU."""
+
+    @property
+    def processes(self) -> int:
+        """The ranks in force."""
+        return self.ranks or max(1, int(self.num_gpus))
+
+    @model_validator(mode="after")
+    def _whole_gpus(self) -> "Resources":
+        if self.num_gpus > 1 and self.num_gpus % 1:
+            raise ValueError(f"resources.num_gpus = {self.num_gpus:g}: above 1 only whole GPUs can be held")
+        if self.num_gpus and self.processes != max(1, self.num_gpus):
+            raise ValueError(
+                f"resources.num_gpus = {self.num_gpus:g} and resources.ranks = {self.ranks}: each rank trains on one "
+                "GPU; make them equal, or leave ranks out"
+            )
+        return self
+
+
+class SourceFields(Section):
+    """What all kinds of source have in common."""
+
+    name: Name
+    """Also the silo's name."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Factor on the source's say: on w_k in the mean over silos, and on p_k in the mixture."""
+    validation_share: Fraction = 0.05
+    """Share of documents held out, chosen by a hash of the document; ignored where validation files are named."""
+    max_bytes: Positive | None = None
+    """Cap on training text in UTF-8 bytes; reading stops there."""
+    max_validation_bytes: Positive | None = None
+    """Cap on validation text in UTF-8 bytes. All of it is scored each time."""
+    storage: str | None = None
+    """Where this source's text, shards and snapshots stay (a folder of its own region); None: the job's folder."""
+    resources: Resources | None = None
+    """Overrides `[resources]` for this silo."""
+    vocab_size: Positive | None = None
+    """|V_k| for `dept-ray plan` without data; prepared data always gives the true one."""
+    tokens: Positive | None = None
+    """Training tokens for `dept-ray plan` without data."""
+    held_out: bool = False
+    """Only scored, on its validation text: it trains neither the model nor a global tokenizer (a mixture only)."""
+    joined: bool = False
+    """Joined a run in progress (`dept-ray add` sets it): a global tokenizer was made without its text."""
+
+
+class HubSource(SourceFields):
+    """A Hugging Face dataset, streamed, or a local folder written by `datasets`' `save_to_disk`."""
+
+    kind: Literal["hub"]
+    dataset: str
+    config: str | None = None
+    split: str = "train"
+    validation_split: str | None = None
+    """A split to validate on; None: hold out `validation_share`."""
+    column: str = "text"
+
+
+class FilesSource(SourceFields):
+    """Globs of parquet, jsonl or txt, each also .gz or .zst; local, s3:// or gs://. One txt file is one document."""
+
+    kind: Literal["files"]
+    paths: Annotated[tuple[str, ...], Field(min_length=1)]
+    validation_paths: tuple[str, ...] = ()
+    """Files to validate on; empty: hold out `validation_share`."""
+    column: str = "text"
+    """Of parquet and jsonl."""
+
+    @field_validator("paths", "validation_paths", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+class InstalledSource(SourceFields):
+    """Real text that every machine with this package has: no download, nothing committed."""
+
+    kind: Literal["installed"]
+    collection: Literal["docs", "python", "cpp", "maths"]
+    """docs: English docstrings and package descriptions. python: source code. cpp: torch's headers.
+    maths: worked problems generated from a seed."""
+
+
+ReadSource = Annotated[HubSource | FilesSource | InstalledSource, Field(discriminator="kind")]
+"""What text is read from."""
+
+
+class DealtSource(SourceFields):
+    """One share of the text of several sources, dealt by a hash of each document: the same text, told apart by chance.
+
+    Each side is dealt by itself; caps and validation are those of the sources.
+    """
+
+    kind: Literal["dealt"]
+    of: Annotated[tuple[ReadSource, ...], Field(min_length=1)]
+    share: Annotated[int, Field(ge=0)]
+    """Its number, from 0."""
+    shares: Positive
+    """How many there are."""
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> "DealtSource":
+        if self.share >= self.shares:
+            raise ValueError(
+                f"sources.{self.name}.share = {self.share}: of sources.{self.name}.shares = {self.shares} the last is "
+                f"{self.shares - 1}"
+            )
+        if self.max_bytes or self.max_validation_bytes:
+            raise ValueError(f"sources.{self.name}: what is dealt has no caps of its own; cap the sources in `of`")
+        return self
+
+
+Source = Annotated[HubSource | FilesSource | InstalledSource | DealtSource, Field(discriminator="kind")]
+
+
+class InnerSection(Section):
+    """`[inner]`: AdamW inside a silo, between two messages (METHOD.md section 3)."""
+
+    local_steps: Positive = 500
+    """N_local: optimizer steps between two messages."""
+    batch_size: Positive = 256
+    """Sequences per optimizer step."""
+    micro_batch: Positive | None = None
+    """Sequences per forward pass; gradients accumulate to `batch_size`. None: all at once on a CPU, on a GPU as many as
+    it has room for (found when the silo is made, and told)."""
+    context: Positive = 2048
+    """Tokens per sequence."""
+    lr: Annotated[float, Field(gt=0)] = 6e-4
+    """Peak learning rate."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    """Linear warm-up, once, at the start of the run."""
+    lr_floor: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """The cosine over all rounds ends at this fraction of the peak."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled; matrices only, never biases, norms or embeddings."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: on the body's matrices, its updates scaled to the root mean square of AdamW's; AdamW for all else. Some
+    matrix products more a step, one moment of the matrices instead of two."""
+    optimizer_state: Literal["reset", "keep"] = "reset"
+    """Its moments at the start of a round, where the body is averaged. Bodies that stay home always keep theirs."""
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    """Gradient norm at most."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of matrix products, by autocast; master weights are fp32 always. auto: bf16 where the processor has it."""
+    compile: Literal["auto", "always", "never"] = "auto"
+    """torch.compile of forward and loss. auto: where the run is long enough to earn the compilation back."""
+    checkpoint_activations: bool = False
+    """Recompute each block in the backward pass: a third more time, much less memory."""
+    threads: Positive | None = None
+    """CPU threads per silo; None: the machine's cores shared among the silos that train at once."""
+    norms_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between two measurements of the L2 norms of parameters and activations (`silo.norms`); each costs one more
+    forward pass. 0: never, at no cost."""
+
+
+class OuterSection(Section):
+    """`[outer]`: the coordinator's step on the mean delta (METHOD.md equation 2)."""
+
+    preset: Literal["average", "nesterov"] = "average"
+    """average: (1.0, 0), the paper. nesterov: (0.7, 0.9), DiLoCo; hurts in runs of few rounds."""
+    lr: Annotated[float, Field(gt=0)] | None = None
+    """eta; None: the preset's."""
+    momentum: Fraction | None = None
+    """mu; None: the preset's."""
+    rows_lr: Annotated[float, Field(gt=0)] = 1.0
+    """eta of embedding rows and positions (equation 3)."""
+    rows_momentum: Fraction = 0.0
+    """mu of embedding rows and positions. 0: the plain masked mean."""
+
+    @property
+    def eta(self) -> float:
+        return self.lr if self.lr is not None else {"average": 1.0, "nesterov": 0.7}[self.preset]
+
+    @property
+    def mu(self) -> float:
+        return self.momentum if self.momentum is not None else {"average": 0.0, "nesterov": 0.9}[self.preset]
+
+
+class WireSection(Section):
+    """`[wire]`: what travels between coordinator and silos."""
+
+    codec: CodecName = "fp32"
+    """Of deltas on their way up and steps on their way down: 32, 16, 8.25 or 4.25 bits a value. What rounding takes is
+    made up for later (error feedback). All but fp32 keep one more copy of the shared vectors in each silo."""
+
+
+class RoundsSection(Section):
+    """`[rounds]`: how many, of whom, and how often to look."""
+
+    total: Positive = 10
+    """T."""
+    choose: Positive | None = None
+    """|S_t|: silos drawn per round; None: all."""
+    score_every: Annotated[int, Field(ge=0)] = 1
+    """Rounds between validations; 0: only at the end."""
+    keep: Positive = 2
+    """Committed rounds kept on disk."""
+
+
+class FaultsSection(Section):
+    """`[faults]`: what becomes of silos that are lost, late or lie, and of a round that not all answer."""
+
+    quorum: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of the chosen silos that must answer, or the round is tried again."""
+    attempts: Positive = 3
+    """Tries of a round before the run ends with QuorumLost."""
+    failures: Positive = 3
+    """Failures in a row after which a silo is set aside, until someone lets it return."""
+    start_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds the silos may take to be placed and opened; the run starts with those that are. The ranks of one silo
+    wait no longer for each other."""
+    patience_s: Annotated[float, Field(ge=0)] = 20.0
+    """Seconds a round waits, once, for a silo that is being made anew; then it starts without the silo."""
+    deadline_mads: Annotated[float, Field(ge=0)] = 6.0
+    """k: a round's deadline is median + k * MAD of the silos' past seconds, between floor and cap."""
+    deadline_floor_s: Annotated[float, Field(gt=0)] = 120.0
+    """No deadline is shorter."""
+    deadline_cap_s: Annotated[float, Field(gt=0)] = 86_400.0
+    """No deadline is longer; the first round has this one."""
+    grace_s: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds a late silo has to hand in what it trained; after that it is given up and made anew."""
+    norm_limit: Annotated[float, Field(gt=1)] = 3.0
+    """A delta larger than this many times the round's median norm does not count as it is. Honest ones of one round
+    were seen to differ by a quarter: AdamW's steps are of one size."""
+    norm_policy: Literal["refuse", "clip"] = "refuse"
+    """What becomes of it: left out, or scaled down to the median. A liar who is scaled still does harm."""
+    newcomer_steps: Annotated[int, Field(ge=0)] = 0
+    """First steps of a silo that joined a run in which it trains its embedding alone, with the body frozen."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "FaultsSection":
+        if self.deadline_floor_s > self.deadline_cap_s:
+            raise ValueError(
+                f"faults.deadline_floor_s = {self.deadline_floor_s:g} is above faults.deadline_cap_s = "
+                f"{self.deadline_cap_s:g}: lower the floor or raise the cap"
+            )
+        return self
+
+
+class RegionsSection(Section):
+    """`[regions]`: silos behind the walls of other regions, each on a Ray cluster of its own."""
+
+    mailbox: str | None = None
+    """Where orders and updates are files: s3://bucket/prefix, gs://bucket/prefix, or a folder that all see, of this
+    job alone. Each silo lives where a `dept-ray region` bears its labels. None: all silos are on one cluster."""
+    look_every_s: Annotated[float, Field(gt=0)] = 2.0
+    """Seconds between two looks into the mailbox. On a bucket each costs a few requests per region."""
+    silent_s: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds without a sign of life after which a region is cut off: its silos are not there until it is back."""
+
+    @model_validator(mode="after")
+    def _looks_before_it_despairs(self) -> "RegionsSection":
+        if self.silent_s <= 3 * self.look_every_s:
+            raise ValueError(
+                f"regions.silent_s = {self.silent_s:g} must be more than three times regions.look_every_s = "
+                f"{self.look_every_s:g}: raise the one or lower the other"
+            )
+        return self
+
+
+class MixtureSection(Section):
+    """`[mixture]`: how one silo draws from all sources (STD and ACT)."""
+
+    temperature: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """tau: p_k proportional to n_k ** tau. 0 uniform, 1 proportional to size."""
+
+
+class InitSection(Section):
+    """`[init]`: another run that this one goes on from, instead of a body drawn from the seed (METHOD.md section 4)."""
+
+    run: str | None = None
+    """A run's folder, or its name under `folder`; None: all is drawn. What is taken is copied into the new run."""
+    round: Annotated[int, Field(gt=0)] | None = None
+    """Its committed round; None: the last."""
+    silo: Name | None = None
+    """Whose body, where bodies stay home and there are several (`isolated`)."""
+    embedding: Literal["random", "own", "overlap"] = "random"
+    """random: drawn from the seed, like any other. own: the run's, which must have a global vocabulary and the same
+    tokenizer as this job. overlap: rows of the tokens that the run's embeddings have, of all its silos, and what is in
+    none drawn like them (`silo.warmstart`); under SPEC this takes rows out of the silos, whose storage must be seen."""
+    frozen_body: bool = False
+    """Train the embedding alone."""
+    fingerprint: str | None = None
+    """Digest of what is taken; filled in when the run begins. Where it is set, nothing else is taken."""
+
+    @model_validator(mode="after")
+    def _needs_run(self) -> "InitSection":
+        if self.run is None and self.model_dump(exclude_defaults=True):
+            raise ValueError("init: nothing is taken from another run without init.run: name it, or remove the section")
+        return self

@@ -1,0 +1,146 @@
+"""How the variants of a study stand: mean and spread over seeds, against the best baseline, and how often they win.
+
+Pure functions over cells and outcomes. AVG is the arithmetic mean over sources (METHOD.md section 4); where a run has
+several bodies, each is adapted by itself and their mean is taken. Less is better, of every figure.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import fmean, stdev
+
+from dept_ray.study.cells import Cell
+from dept_ray.study.outcomes import Outcome
+from dept_ray.study.study_file import Point, Study
+
+FIGURES = {
+    "bits_per_byte": ("bits_per_byte", False),
+    "bits_per_byte_held_out": ("bits_per_byte", True),
+    "perplexity": ("perplexity", False),
+    "perplexity_held_out": ("perplexity", True),
+}
+"""By name: a score's key, and whether it is of held-out sources."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One figure over seeds."""
+
+    mean: float
+    deviation: float | None
+    """Of the sample; None: of one seed."""
+    seeds: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Of one value at least.
+
+        >>> Spread.of([1.0, 3.0])
+        Spread(mean=2.0, deviation=1.4142135623730951, seeds=2)
+        """
+        return cls(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One row of a table."""
+
+    row: str
+    variant: str
+    point: Point
+    baseline: bool
+    tried: Point
+    """The value of its sweep that was taken."""
+    tokens: int
+    sent_bytes: int
+    """Of a run, both ways."""
+    runs: int
+    """Runs that are over; of several bodies each has its own."""
+    figures: dict[str, Spread]
+    diverged: int = 0
+    """Runs that failed, or know less than their unigram model."""
+    errors: tuple[str, ...] = ()
+    activation: float | None = None
+    over_best: dict[str, float] = field(default_factory=dict)
+    """Percent by which a figure is less than the best baseline's."""
+    wins: tuple[int, int] | None = None
+    """Of all sources and seeds, how often its bits per byte are less than the best baseline's; and of how many."""
+
+
+def standings(
+    study: Study, cells: Sequence[Cell], outcomes: Mapping[str, Outcome], adaptation: str = ""
+) -> list[Standing]:  # fmt: skip
+    """Of each row, as far as its runs are over.
+
+    Args:
+        study: whose.
+        cells: of the study.
+        outcomes: of those that are over, by name.
+        adaptation: its name; empty: how bodies stand as they were trained.
+    """
+    taken = [c for c in cells if c.taken and c.adaptation == adaptation and c.name in outcomes]
+    by_row: dict[str, list[Cell]] = {}
+    for cell in taken:
+        by_row.setdefault(cell.row, []).append(cell)
+    found = [_standing(study, mine, outcomes) for mine in by_row.values()]
+    baselines = [one for one in found if one.baseline]
+    best: dict[str, Standing] = {}
+    for name in FIGURES:
+        if known := [one for one in baselines if name in one.figures]:
+            best[name] = min(known, key=lambda one, name=name: one.figures[name].mean)
+    rival = best.get("bits_per_byte")
+    theirs = _by_source(by_row[rival.row], outcomes) if rival else {}
+    held = []
+    for one in found:
+        over = {n: _percent_less(one.figures[n], best[n].figures[n]) for n in best if n in one.figures}
+        own = rival is not None and one.row == rival.row
+        wins = None if rival is None or own else _wins(_by_source(by_row[one.row], outcomes), theirs)
+        held.append(replace(one, over_best=over, wins=wins))
+    return held
+
+
+def _percent_less(mine: Spread, theirs: Spread) -> float:
+    return 100 * (1 - mine.mean / theirs.mean)
+
+
+def _standing(study: Study, cells: Sequence[Cell], outcomes: Mapping[str, Outcome]) -> Standing:
+    first, over = cells[0], [outcomes[cell.name] for cell in cells]
+    figures = {}
+    for name, (key, held_out) in FIGURES.items():
+        seeds: dict[int, list[float | None]] = {}
+        for cell in cells:
+            one = outcomes[cell.name]
+            seeds.setdefault(cell.seed, []).append(one.mean(key, held_out) if one.finished else None)
+        whole = [_mean(values) for values in seeds.values()]
+        if known := [value for value in whole if value is not None and math.isfinite(value)]:
+            figures[name] = Spread.of(known)
+    activations = [one.activation for one in over if one.activation is not None]
+    return Standing(
+        row=first.row, variant=first.variant, point=first.point, baseline=study.variants[first.variant].baseline,
+        tried=first.tried, tokens=first.tokens, sent_bytes=round(fmean(one.sent_bytes for one in over)),
+        runs=len(over), figures=figures, diverged=sum(one.diverged for one in over),
+        errors=tuple(one.error for one in over if one.error),
+        activation=fmean(activations) if activations else None,
+    )  # fmt: skip
+
+
+def _by_source(cells: Iterable[Cell], outcomes: Mapping[str, Outcome]) -> dict[tuple[int, str], float]:
+    """Bits per byte by seed and source: of several bodies, the mean."""
+    found: dict[tuple[int, str], list[float]] = {}
+    for cell in cells:
+        for source, score in outcomes[cell.name].scores.items() if outcomes[cell.name].finished else ():
+            bits = score["bits_per_byte"]
+            found.setdefault((cell.seed, source), []).append(math.inf if bits is None else bits)
+    return {key: fmean(values) for key, values in found.items()}
+
+
+def _wins(mine: Mapping[tuple[int, str], float], theirs: Mapping[tuple[int, str], float]) -> tuple[int, int] | None:
+    """None: there is no source that both were scored on."""
+    both = mine.keys() & theirs.keys()
+    return (sum(mine[key] < theirs[key] for key in both), len(both)) if both else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None: one of them is missing."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known and len(known) == len(values) else None
