@@ -45,8 +45,13 @@ def follow(port: int, rank: int) -> None:
                 silo.follow(order, told["moments"], team)
     except Exception as err:  # noqa: BLE001 - rank 0 is told, and it fails with this reason
         traceback.print_exc()
-        told = discreet(err)
-        _tell(store, f"failed/{rank}", f"{type(told).__name__}: {told}")
+        _tell(store, f"failed/{rank}", _words(err))
+
+
+def _words(err: Exception) -> str:
+    """What rank 0 is told. Nothing of the error stays here: what its frames hold are this rank's connections."""
+    told = discreet(err)
+    return f"{type(told).__name__}: {told}"
 
 
 def _tell(store: Any, key: str, value: str) -> None:
