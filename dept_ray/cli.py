@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dept_ray import __version__, cli_jobs, cli_live, cli_region, cli_study
+from dept_ray import __version__, cli_jobs, cli_live, cli_preemption, cli_region, cli_study
 from dept_ray.errors import ConfigError, DeptError
 from dept_ray.method_names import METHOD_NAMES
 
@@ -40,7 +40,9 @@ def main() -> None:
     """Pre-train one language model on sources that do not belong together (DEPT, arXiv 2410.05021)."""
 
 
-for command in (*cli_live.COMMANDS, cli_jobs.submit, cli_region.region, cli_study.study):
+for command in (
+    *cli_live.COMMANDS, cli_jobs.submit, cli_region.region, cli_preemption.watch_preemption, cli_study.study,
+):  # fmt: skip
     main.add_command(command)
 
 

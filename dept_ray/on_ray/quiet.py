@@ -1,21 +1,54 @@
-"""Ray Data's settings, per process, made before its first dataset: in order, bounded, and without bars of its own."""
+"""Ray Data's manners, seen to before its first dataset: in order, bounded, without bars, no burden to a silo's node.
+
+Settings are per process. Two actors of its own are per cluster, and their place is chosen here.
+"""
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from typing import Any
 
-from ray.data import DataContext
+import ray
+from ray.data import DataContext, ExecutionResources
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import _AutoscalingCoordinatorActor
 from ray.data._internal.remote_fn import CACHED_FUNCTIONS
+from ray.data._internal.stats import STATS_ACTOR_NAME, STATS_ACTOR_NAMESPACE, _StatsActor
 
 
 def quiet_ray_data() -> None:
-    """Blocks in order (the same bits every time), no progress bars, no chatter."""
+    """Blocks in order (the same bits every time), no progress bars, no chatter, no node with a GPU on its account.
+
+    A dataset that keeps a cluster busy for ten seconds asks the autoscaler for one more node of each type there may be,
+    but for those that its limits exclude.
+    """
     context = DataContext.get_current()
+    context.execution_options.resource_limits = ExecutionResources.for_limits(gpu=0)
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     for name in ("ray.data", "ray.data._internal"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@cache
+def house_ray_data() -> None:
+    """Let Ray Data's two actors live on the cluster's head, whoever makes the first dataset; once per process.
+
+    They outlive every run, and by Ray's own choice they live where the first dataset was made: on a silo's node, which
+    would then never be idle, and cost money until someone sees it.
+    """
+    on_the_head = {"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}}
+    found_by_name = {"get_if_exists": True, "lifetime": "detached"}
+    stats: Any = _StatsActor
+    stats.options(
+        name=STATS_ACTOR_NAME, namespace=STATS_ACTOR_NAMESPACE, **on_the_head, **found_by_name
+    ).remote()  # fmt: skip
+    coordinator: Any = ray.remote(_AutoscalingCoordinatorActor)
+    coordinator.options(
+        name="AutoscalingCoordinator", namespace="AutoscalingCoordinator", max_restarts=-1, max_task_retries=-1,
+        **on_the_head, **found_by_name,
+    ).remote()  # fmt: skip
 
 
 @contextmanager

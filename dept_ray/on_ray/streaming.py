@@ -19,7 +19,7 @@ from ray.data.block import BlockMetadata
 from ray.data.extensions import ArrowTensorArray
 
 from dept_ray.on_ray.cluster import leaving_nodes
-from dept_ray.on_ray.quiet import leaving_no_task_behind, quiet_ray_data
+from dept_ray.on_ray.quiet import house_ray_data, leaving_no_task_behind, quiet_ray_data
 from dept_ray.text.shards import Corpus, ShardFile, Shards
 
 _BLOCKS_PER_TASK = 2048
@@ -77,6 +77,7 @@ class RayReader:
         """(n,) block numbers -> (n, T + 1) tokens, in this order."""
         if self.node in leaving_nodes():  # which takes no task any more; what is here can still be read
             return self.corpora[source].train.read(blocks, self.context)
+        house_ray_data()
         with leaving_no_task_behind():
             dataset = ray.data.read_datasource(
                 TokenBlocks(self.corpora[source].train, blocks, self.context),

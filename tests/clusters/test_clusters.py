@@ -1,6 +1,7 @@
 """The cluster files say what Ray, its autoscaler and our jobs can use: read by Ray's own code, without a cloud."""
 
 import re
+import shlex
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +19,11 @@ from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.common_pb2 import LabelSelectorOperator
 from tiny import tiny_job
 
+from dept_ray.cli import main
 from dept_ray.errors import ClusterError
 from dept_ray.on_ray.cluster import AUTOSCALES, check_nodes
+from dept_ray.on_ray.notices import CLOUDS as CLOUDS_THAT_TELL
+from dept_ray.on_ray.notices import cloud_of
 from dept_ray.sections import Resources
 
 ROOT = Path(__file__).parents[2]
@@ -208,6 +212,19 @@ def test_markets_are_what_their_labels_say():
         assert spot == (config["labels"]["market"] == "spot"), kind
         if config["resources"].get("GPU"):
             assert config["node_config"]["scheduling"]["onHostMaintenance"] == "TERMINATE"
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_nodes_listen_for_the_notice_of_their_cloud_once_ray_is_there(name: str):
+    told = read(name)
+    *before, last = told["worker_start_ray_commands"]
+    assert any("ray start " in command for command in before)
+    command, _, shell = last.removeprefix("nohup dept-ray ").partition(" < ")
+    assert shell.endswith("&"), "nobody waits for it"
+    asked, *options = shlex.split(command)
+    options = main.commands[asked].make_context(asked, options).params
+    assert cloud_of(options["name"]) == CLOUDS_THAT_TELL[told["provider"]["type"]]
+    assert (options["address"], options["node"], options["metadata"]) == ("auto", None, None)
 
 
 # One version, one folder.

@@ -66,14 +66,10 @@ class Nodes:
 
     def drain(self, silo: str) -> str:
         """The notice that precedes a preemption; the node goes on for now. Returns its id."""
-        from ray._raylet import GcsClient
-        from ray.core.generated import autoscaler_pb2
+        from dept_ray.on_ray.notices import drain
 
         node = self.home[silo].node_id
-        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-        in_a_minute = int((time.time() + 60) * 1000)
-        accepted, _ = GcsClient(self.cluster.address).drain_node(node, reason, "the spot price rose", in_a_minute)
-        assert accepted
+        drain(self.cluster.address, node, 60, "the spot price rose")
         return node
 
     def _raylet(self, silo: str) -> int:
