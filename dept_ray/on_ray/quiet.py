@@ -21,9 +21,9 @@ from ray.data._internal.stats import STATS_ACTOR_NAME, STATS_ACTOR_NAMESPACE, _S
 def quiet_ray_data() -> None:
     """Blocks in order (the same bits every time), no progress bars, no chatter, no node with a GPU on its account.
 
-    By itself Ray Data asks the autoscaler, once a dataset has kept the cluster busy for some seconds, for twice the CPUs
-    there are, whatever nodes bring them. Its older way (V2) asks for nodes by their shape, but for those beyond its
-    limits.
+    By itself Ray Data asks the autoscaler, once a dataset has kept the cluster busy for some seconds, for twice the
+    CPUs there are, whatever nodes bring them. Its older way (V2) asks for nodes by their shape, but for those beyond
+    its limits.
     """
     os.environ.setdefault(CLUSTER_AUTOSCALER_ENV_KEY, "V2")
     context = DataContext.get_current()
