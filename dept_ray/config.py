@@ -79,6 +79,7 @@ class Job(Section):
             raise ValueError(f"rounds.choose = {self.rounds.choose}, but there are only {len(self.trained)} sources")
         for wish in [self.resources, *(source.resources for source in self.sources if source.resources)]:
             self._check_shares(wish.processes)
+            self._check_ahead(wish.processes)
         return self
 
     def _check_shares(self, ranks: int) -> None:
@@ -92,6 +93,20 @@ class Job(Section):
         if micro is not None and batch // ranks % micro:
             share = f" / resources.ranks = {ranks}" if ranks > 1 else ""
             raise ValueError(f"inner.batch_size = {batch}{share} is not a multiple of inner.micro_batch = {micro}")
+
+    def _check_ahead(self, ranks: int) -> None:
+        """Whether steps can be made ahead of their order."""
+        ahead, steps = self.inner.ahead_steps, self.inner.local_steps
+        if ahead > steps:
+            raise ValueError(
+                f"inner.ahead_steps = {ahead} is above inner.local_steps = {steps}: nobody goes further ahead than one "
+                "round; lower the first or raise the second"
+            )
+        if ahead and ranks > 1:
+            raise ValueError(
+                f"inner.ahead_steps = {ahead} and resources.ranks = {ranks} (by default one for each of "
+                "resources.num_gpus): only a silo of one rank goes ahead; set either to what it is by default"
+            )
 
     @property
     def trained(self) -> tuple[str, ...]:

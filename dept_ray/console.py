@@ -97,7 +97,8 @@ def _mfu(before: str, record: Record) -> str:
 
 def _flops_per_s(silo: Record) -> float:
     """While it trained."""
-    return silo.get("flops", 0.0) / max(silo.get("seconds", {}).get("train", 0.0), 1e-9)
+    seconds = silo.get("seconds", {})
+    return silo.get("flops", 0.0) / max(seconds.get("train", 0.0) + seconds.get("ahead", 0.0), 1e-9)
 
 
 def ledger_table(record: Record) -> Table:
@@ -181,7 +182,7 @@ def live_table(status: RunStatus, records: list[Record], began: float) -> Render
     for name, silo in sorted(silos.items()):
         mine = [record["silos"][name] for record in rounds if name in record["silos"]]
         last = mine[-1] if mine else {}
-        training = silo.doing == "training"
+        training = silo.trains
         sources = last.get("epochs", {name: math.nan})
         my_sent = sum(round["down_bytes"] + round["up_bytes"] for round in mine)
         my_rate = silo.tokens_per_s if training else 0.0
@@ -228,7 +229,11 @@ def seconds_left(status: RunStatus, rounds: list[Record]) -> float | None:
 def _share_of_round(status: RunStatus) -> float:
     """How far the round in progress is, as the mean over the silos that work in it."""
     shares = [
-        1.0 if silo.doing in ("saving", "waiting") else silo.step / silo.steps if silo.doing == "training" else 0.0
+        1.0
+        if silo.doing in ("saving", "waiting", "going ahead")  # of the next round
+        else silo.step / silo.steps
+        if silo.doing == "training"
+        else 0.0
         for silo in status.silos.values()
         if silo.steps and silo.round == status.round
     ]

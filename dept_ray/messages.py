@@ -87,6 +87,9 @@ class RoundOrder:
     """Length of the cosine, in global inner steps."""
     frozen_steps: int = 0
     """First steps of this round in which the body stands still (a newcomer trains its embedding alone)."""
+    ahead: int = 0
+    """First steps of this round that go from where its snapshot stands, as they were, or could have been, made before
+    this order came; what they moved is then laid onto the shared parts, and the rest goes on from there."""
     fingerprint: str = ""
     """Digest of the shared body; the silo checks what arrived against it."""
     codec: str = "fp32"
@@ -143,7 +146,8 @@ class SiloUpdate:
     epochs: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall seconds by what was done: load, score, train, code, save; its pool adds send (on the way, both ways) and
-    wait (for the round's last answer)."""
+    wait (for the round's last answer). Of one who made steps ahead also ahead: those before its order came, which are
+    in none of the others."""
     flops: float = 0.0
     """Floating point operations that its steps needed (`silo.flops`)."""
     peak_flops: float = 0.0
@@ -171,7 +175,7 @@ class SiloStatus:
 
     silo: str
     doing: str = "waiting"
-    """waiting, loading, scoring, training or saving."""
+    """waiting, loading, scoring, training, saving or going ahead."""
     round: int = -1
     step: int = 0
     steps: int = 0
@@ -184,6 +188,11 @@ class SiloStatus:
     """The round whose shared vectors it has in memory, and can be told the steps from; -1: none."""
     pid: int = 0
     """Its process, for an operator who wants to look, or to kill."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether it makes steps, of a round that was ordered or ahead of one."""
+        return self.doing in ("training", "going ahead")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ several.
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,38 +55,50 @@ def finite(value: Any) -> Any:
 
 
 class TensorBoard:
-    """Writes every number of a record under its path, such as `silos/de/loss`, at the record's round."""
+    """Writes every number of a record under its path, such as `silos/de/loss`, at the record's round.
+
+    Norms, which are measured over inner steps, go to a folder of their own: `steps`.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._writer: Any = None
+        self._writers: dict[str, Any] = {}
 
     def __call__(self, record: Record) -> None:
         if record["event"] == "change":
             return
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # Rounds at or after the first one seen here are being written again: hide what an earlier life left.
-            self._writer = SummaryWriter(str(self.folder), purge_step=record["round"])
+        writer = self._writer("", record["round"])
         # Scores of a round's record were measured before its training: they belong to the round before.
         scored = record["round"] - (record["event"] == "round")
         for path, value in numbers(record):
             if path not in ("round", "attempt"):
                 step = scored if path.startswith(("scores/", "mean/")) else record["round"]
-                self._writer.add_scalar(path, value, step)
-        for name, silo in record.get("silos", {}).items():  # norms go over steps, not over rounds
-            norms = silo.get("norms", {})
-            for what in norms.keys() - {"step"}:
-                for step, value in zip(norms["step"], norms[what], strict=True):
-                    if value is not None and math.isfinite(value):
-                        self._writer.add_scalar(f"norms/{name}/{what}", value, int(step))
-        self._writer.flush()
+                writer.add_scalar(path, value, step)
+        writer.flush()
+        for name, silo in record.get("silos", {}).items():
+            if norms := silo.get("norms"):
+                self._write_norms(name, norms)
 
     def close(self) -> None:
-        """Let go of the file."""
-        if self._writer is not None:
-            self._writer.close()
+        """Let go of the files."""
+        for writer in self._writers.values():
+            writer.close()
+
+    def _write_norms(self, silo: str, norms: Mapping[str, list[float]]) -> None:
+        writer = self._writer("steps", int(norms["step"][0]))
+        for what in norms.keys() - {"step"}:
+            for step, value in zip(norms["step"], norms[what], strict=True):
+                if value is not None and math.isfinite(value):
+                    writer.add_scalar(f"norms/{silo}/{what}", value, int(step))
+        writer.flush()
+
+    def _writer(self, folder: str, first: int) -> Any:
+        """Of a folder; what an earlier life left there at or after the first place seen is written again: hide it."""
+        if folder not in self._writers:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writers[folder] = SummaryWriter(str(self.folder / folder), purge_step=first)
+        return self._writers[folder]
 
 
 def numbers(record: Record, prefix: str = "") -> Iterator[tuple[str, float]]:

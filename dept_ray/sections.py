@@ -226,6 +226,11 @@ class InnerSection(Section):
     matrix products more a step, one moment of the matrices instead of two."""
     optimizer_state: Literal["reset", "keep"] = "reset"
     """Its moments at the start of a round, where the body is averaged. Bodies that stay home always keep theirs."""
+    ahead_steps: Annotated[int, Field(ge=0)] = 0
+    """First steps of a round that a silo makes before its order comes, from where it stands: while its last answer
+    travels and the outer step is made, which reaches these steps a round late. At most `local_steps`; as few as the
+    line asks for, for they cost some loss. 0: it waits. Each silo holds two more copies of what is shared, and its
+    snapshots one."""
     clip: Annotated[float, Field(gt=0)] = 1.0
     """Gradient norm at most."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"

@@ -51,9 +51,11 @@ class FaultySilo(Silo):
     ) -> None:
         self.plan, self.notes, self.alone, self.pace_s = plan, Path(notes), alone, pace_s
         self.last: SiloUpdate | None = None
+        self.early: list[str] = []
+        """What it reads ahead of an order; the next order's trace begins with what it made of it."""
         super().__init__(*args, **more)
         batches = self.stream.batches
-        self.stream.batches = lambda position, steps: self._traced(batches(position, steps))
+        self.stream.batches = lambda position, steps: self._traced(position, batches(position, steps))
 
     def obey(self, order: RoundOrder) -> SiloUpdate:
         self.moment = (order.round, order.attempt, order.silo)
@@ -64,6 +66,7 @@ class FaultySilo(Silo):
                 (self.notes / f"claim-{name}").mkdir(parents=True)
             except FileExistsError:
                 self.fault = ""
+        self.begins, self.going_ahead = order.position, False
         self.trace = self.notes / f"read-{name}-{order.life}"
         if self.fault == "dies before":
             self._die()
@@ -84,15 +87,27 @@ class FaultySilo(Silo):
             return replace(update, **{w: encode(a, order.codec)[0] if lossy else a for w, a in spoilt.items()})
         return update
 
-    def _traced(self, batches: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    def go_ahead(self) -> None:
+        self.early, self.going_ahead = [], True
+        super().go_ahead()
+
+    def _traced(self, position: Mapping[str, int], batches: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        if self.going_ahead:
+            for batch in batches:
+                self.early.append(checksum(np.ascontiguousarray(batch)))
+                yield batch
+                time.sleep(self.pace_s)
+            return
         self.trace.parent.mkdir(parents=True, exist_ok=True)
+        made = (sum(position.values()) - sum(self.begins.values())) // self.stream.batch_size
         with open(self.trace, "w") as file:
-            for done, batch in enumerate(batches):
-                if done == 1 and self.fault == "dies within":
+            file.writelines(line + "\n" for line in self.early[:made])
+            for done, batch in enumerate(batches, made):
+                if done >= 1 and self.fault == "dies within":
                     self._die()
-                if done == 1 and self.fault == "raises":
+                if done >= 1 and self.fault == "raises":
                     raise (RuntimeError if self.alone else SiloError)("the fan is broken")
-                if done == 1 and self.fault == "late":
+                if done >= 1 and self.fault == "late":
                     self.stop(*self.moment[:2])
                 file.write(checksum(np.ascontiguousarray(batch)) + "\n")
                 file.flush()

@@ -58,14 +58,15 @@ def shown(folder) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def test_tensorboard_shows_norms_over_steps(tmp_path):
-    board, record = TensorBoard(tmp_path), a_round(2, 5.0)
-    record["silos"]["de"]["norms"] = {"step": [4.0, 6.0], "body": [1.0, 2.0], "activation": [3.0, None]}
-    board(record)
-    board.close()
-    found = shown(tmp_path)
-    assert found["norms/de/body"] == [(4, 1.0), (6, 2.0)]
-    assert found["norms/de/activation"] == [(4, 3.0)]
+def test_tensorboard_shows_norms_over_steps_and_the_last_of_those_that_are_made_again(tmp_path):
+    for steps, body in (([4.0, 6.0], [1.0, 2.0]), ([6.0, 8.0], [5.0, 6.0])):  # the second time in another life
+        board, record = TensorBoard(tmp_path), a_round(2, 5.0)
+        record["silos"]["de"]["norms"] = {"step": steps, "body": body, "activation": [3.0, None]}
+        board(record)
+        board.close()
+    found = shown(tmp_path / "steps")
+    assert found["norms/de/body"] == [(4, 1.0), (6, 5.0), (8, 6.0)]
+    assert found["norms/de/activation"] == [(4, 3.0), (6, 3.0)]
 
 
 def test_tensorboard_shows_each_number_at_its_round_and_scores_at_the_round_they_are_of(tmp_path):

@@ -66,6 +66,15 @@ class SiloActor:
             update = self.silo.obey(replace(order, body=body, rows=rows))
         return update.without_arrays(), update.delta("body"), update.delta("rows")
 
+    @ray.method(num_returns=0)
+    def go_ahead(self) -> None:
+        """What a silo does between two orders; called right behind each. What goes wrong the next order finds out."""
+        assert self.silo is not None, "ordered before it was asked for its card"
+        try:
+            self.silo.go_ahead()
+        except Exception:  # noqa: BLE001 - nobody waits for this
+            traceback.print_exc()
+
     @ray.method(concurrency_group="control")
     def status(self) -> SiloStatus:
         status = self.silo.status if self.silo is not None else SiloStatus(self.spec.silo, "opening")

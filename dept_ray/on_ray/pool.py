@@ -47,6 +47,8 @@ class RayPool:
     def __init__(self, cores: int | None = None, make: MakeSilo = Silo) -> None:
         self.cores, self.places = cores, Places(make)
         self._hurried = threading.Event()
+        self._obeyed: dict[str, RoundOrder] = {}
+        """By silo, its last order, where it may be making steps ahead of the next."""
 
     @property
     def cards(self) -> dict[str, SiloCard]:
@@ -102,6 +104,10 @@ class RayPool:
     def hand_in(self) -> None:
         self._hurried.set()
 
+    def rest(self) -> None:
+        for name in list(self._obeyed):
+            self._end_ahead(name)
+
     def statuses(self) -> dict[str, SiloStatus]:
         return self.places.statuses()
 
@@ -114,8 +120,18 @@ class RayPool:
     # ------------------------------------------------------------------------------------------ parts of a round
     def _ask(self, order: RoundOrder, stored: Mapping[int, Any]) -> _Call:
         body, rows = stored.get(id(order.body)), stored.get(id(order.rows))
-        refs = self.places.actors[order.silo].obey.remote(order.without_arrays(), body, rows)
-        return _Call(list(refs), list(refs), time.monotonic())
+        asked_at, silo = time.monotonic(), self.places.actors[order.silo]
+        self._end_ahead(order.silo)
+        refs = silo.obey.remote(order.without_arrays(), body, rows)
+        if self.job.inner.ahead_steps and order.steps:
+            silo.go_ahead.remote()
+            self._obeyed[order.silo] = order.without_arrays()
+        return _Call(list(refs), list(refs), asked_at)
+
+    def _end_ahead(self, name: str) -> None:
+        """What it has made by now counts if its next order is the one it expects, and is made anew if it is not."""
+        if (order := self._obeyed.pop(name, None)) is not None and name in self.places.actors:
+            self.places.actors[name].stop.remote(order.round, order.attempt)
 
     def _collect(self, name: str, refs: list[Any]) -> SiloUpdate | Exception:
         """One answer, or why there is none; who died is made anew while the others go on."""

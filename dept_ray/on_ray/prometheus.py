@@ -88,9 +88,8 @@ class SiloGauges:
         self._tags, self._metrics = {"run": run, "silo": silo}, _Metrics(OF_NOW)
 
     def __call__(self, status: SiloStatus) -> None:
-        training = status.doing == "training"
         self._metrics.tell(("dept_now_step", status.step, self._tags))
-        self._metrics.tell(("dept_now_tokens_per_second", status.tokens_per_s if training else 0.0, self._tags))
+        self._metrics.tell(("dept_now_tokens_per_second", status.tokens_per_s if status.trains else 0.0, self._tags))
         self._metrics.tell(("dept_now_loss", status.loss, self._tags))
 
 
@@ -120,7 +119,7 @@ def readings(record: Record) -> Iterator[Reading]:
 
 def _of_silo(silo: dict[str, Any], tags: dict[str, str]) -> Iterator[Reading]:
     yield "dept_silo_loss", silo["loss"], tags
-    if train := silo["seconds"].get("train"):
+    if train := sum(silo["seconds"].get(what, 0.0) for what in ("train", "ahead")):
         yield "dept_silo_tokens_per_second", silo["tokens"] / train, tags
     for doing, seconds in silo["seconds"].items():
         yield "dept_silo_seconds", seconds, {**tags, "doing": doing}

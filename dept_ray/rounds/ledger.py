@@ -8,8 +8,9 @@ A record of event "round" has
     sent_bytes  {down, up}: of this round's orders and answers, those of failed attempts and refused silos too
     silos       by silo: tokens, steps, loss, epochs by source, norm and cosine (to the mean) of the body's delta,
                 down_bytes, up_bytes, seconds {load, score, train, code, save, send (on the way, both ways),
-                wait (for the round's last answer)}, flops (operations that its steps needed), peak_flops (FLOP/s that
-                its devices can do; 0 where not known): MFU is flops / seconds.train / peak_flops; where measured,
+                wait (for the round's last answer), ahead (training before its order came; absent where there was
+                none)}, flops (operations that its steps needed), peak_flops (FLOP/s that its devices can do; 0 where
+                not known): MFU is flops / (seconds.train + seconds.ahead) / peak_flops; where measured,
                 norms {step, body, embedding, activation}: lists, L2 norms of the parameters before global steps, and
                 of the residual stream after the block where it is largest (mean over tokens)
     refused     by silo: why its answer did not count
@@ -107,7 +108,7 @@ def past_seconds(history: Sequence[Mapping[str, Any]], rounds: int = 20) -> list
     """Seconds from a silo's order to its answer, over the last rounds: what a deadline is drawn from."""
     last = [record for record in history if record["event"] == "round"][-rounds:]
     return [
-        sum(s for what, s in silo["seconds"].items() if what != "wait")
+        sum(s for what, s in silo["seconds"].items() if what not in ("wait", "ahead"))
         for record in last
         for silo in record["silos"].values()
     ]

@@ -95,6 +95,10 @@ class SiloPool(Protocol):
         """Ask all who train now to hand in what they have; may be called from another thread."""
         ...
 
+    def rest(self) -> None:
+        """Let nobody make steps ahead until the next orders."""
+        ...
+
     def statuses(self) -> dict[str, SiloStatus]:
         """What each silo is doing; may be called from another thread, while a round runs."""
         ...
@@ -153,7 +157,7 @@ def timed(
     seen: dict[str, SiloUpdate | Exception] = {}
     for name, answer in answers.items():
         if isinstance(answer, SiloUpdate):
-            busy = sum(answer.seconds.values())
+            busy = sum(s for what, s in answer.seconds.items() if what != "ahead")  # that was before it was asked
             send = max(0.0, at[name] - asked_at[name] - busy)
             answer = replace(answer, seconds={**answer.seconds, "send": send, "wait": last - at[name]})
         seen[name] = answer
@@ -209,6 +213,9 @@ class LocalPool:
     def hand_in(self) -> None:
         for name, order in self._orders.items():
             self.silos[name].stop(order.round, order.attempt)
+
+    def rest(self) -> None:
+        """Steps that go ahead of an order are made when it is here."""
 
     def statuses(self) -> dict[str, SiloStatus]:
         return {name: silo.status for name, silo in self.silos.items()}

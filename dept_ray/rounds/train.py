@@ -27,6 +27,7 @@ from dept_ray.rounds.outer import outer_step
 from dept_ray.rounds.pool import Deadline, SiloPool, nothing
 from dept_ray.rounds.state import RunState, corpora_of, fresh_state, shared_body, shared_rows
 from dept_ray.rounds.store import RunStore
+from dept_ray.silo.snapshot import snapshot_round
 
 Log = Callable[[dict[str, Any]], None]
 
@@ -49,6 +50,7 @@ def train(job: Job, pool: SiloPool, store: RunStore, log: Log, control: Control)
     history, commit = store.history(), Commit()
     while True:
         if not pool.remote or control.asks or state.round >= job.rounds.total:
+            pool.rest()
             commit()
             if control.take_checkpoint(state.round):
                 store.keep(state.round)
@@ -161,14 +163,14 @@ def orders_for(
     rows = shared_rows(state, {name: cards[name] for name in silos}, held)
     every = job.rounds.score_every
     due = steps == 0 or (every > 0 and state.round % every == 0)
-    frozen = _frozen_steps(job, state, steps)
+    frozen, ahead = _frozen_steps(job, state, steps), _ahead_steps(job, state, steps)
     return {
         name: RoundOrder(
             run=job.name, silo=name, round=state.round, life=life, attempt=attempt,
             after=state.silos[name].snapshot, keep=tuple(round[name] for round in kept if name in round),
             position=state.silos[name].position, first_step=state.step, steps=steps, score=due, lr=job.inner.lr,
             total_steps=state.step + (job.rounds.total - state.round) * job.inner.local_steps,
-            frozen_steps=frozen[name],
+            frozen_steps=frozen[name], ahead=ahead[name],
             fingerprint=fingerprint, codec=job.wire.codec, body=bodies[held[name]],
             rows=rows[name],
         )
@@ -181,6 +183,20 @@ def _frozen_steps(job: Job, state: RunState, steps: int) -> dict[str, int]:
     joined = {source.name for source in job.sources if source.joined}
     return {
         name: steps if job.init.frozen_body else job.faults.newcomer_steps if name in joined and not silo.rounds else 0
+        for name, silo in state.silos.items()
+    }
+
+
+def _ahead_steps(job: Job, state: RunState, steps: int) -> dict[str, int]:
+    """By silo, how many steps go ahead of its order: none, unless it counted in the round before this one.
+
+    Who did not stands too far from what is shared; and where nothing is, there is nothing to wait for.
+    """
+    shares = state.body is not None or state.rows is not None
+    return {
+        name: min(job.inner.ahead_steps, steps)
+        if shares and silo.snapshot is not None and snapshot_round(silo.snapshot) == state.round - 1
+        else 0
         for name, silo in state.silos.items()
     }
 

@@ -7,11 +7,13 @@ other run any more, and it may train on, or be deleted. Who only needs what is d
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from dept_ray.config import Job
 from dept_ray.draws import seed_for
 from dept_ray.errors import VocabularyError
+from dept_ray.messages import SiloCard, SiloSpec
 from dept_ray.silo.model import Body, Embedding, initialise, layout_of
 from dept_ray.silo.snapshot import load_snapshot
 from dept_ray.text.tokenizer import Vocabulary
@@ -41,6 +43,17 @@ def fresh_rows(job: Job, vocabulary_size: int) -> torch.Tensor:
     embedding = fresh_embedding(job, Vocabulary(vocabulary_size), "shared")
     tables = [embedding.tokens, embedding.positions]
     return torch.cat([table.detach() for table in tables if table is not None])
+
+
+def fresh_shared(job: Job, spec: SiloSpec, card: SiloCard) -> dict[str, np.ndarray]:
+    """What a silo shares with others before the first round: body and rows, as far as they travel."""
+    shared: dict[str, np.ndarray] = {}
+    if spec.share_body:
+        shared["body"] = fresh_body(job).numpy()
+    if spec.share_rows:
+        rows = fresh_rows(job, card.global_vocabulary_size).numpy()
+        shared["rows"] = rows[card.rows_of(len(rows))]
+    return shared
 
 
 def fresh_embedding(job: Job, vocabulary: Vocabulary, *labels: str | int) -> Embedding:

@@ -60,14 +60,23 @@ def make_optimizer(
 
 @dataclass(frozen=True)
 class Trained:
-    """What a round of inner steps did."""
+    """What the inner steps of a round did, so far."""
 
-    steps: int
-    tokens: int
-    loss: float
-    """Mean cross-entropy over the round, nats per token; nan without a step."""
+    steps: int = 0
+    tokens: int = 0
+    losses: tuple[float, ...] = ()
+    """Mean cross-entropy of each step, nats per token."""
     norms: dict[str, list[float]] = field(default_factory=dict)
     """As `silo.norms` reads them; empty where they are not measured."""
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy over the steps, nats per token; nan without a step."""
+        return torch.tensor(self.losses, dtype=torch.float64).mean().item() if self.steps else math.nan
+
+
+NOTHING = Trained()
+"""What a round begins with."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +122,7 @@ def train_steps(
     should_stop: Callable[[], bool],
     watch: Callable[[int, float, float], None],
     team: Team = ALONE,
+    made: Trained = NOTHING,
 ) -> Trained:
     """Train on batches until they end or one is asked to stop.
 
@@ -120,17 +130,19 @@ def train_steps(
         model: whose parameters `optimizer` steps.
         loss_of: (B, T) ids and targets -> summed nats; `model.loss` or its compiled twin.
         batches: (B, T + 1) local ids each.
-        schedule: learning rates, and how many batches there will be.
+        schedule: learning rates, and how many batches the round has.
         should_stop: asked between steps, so that one step at least is made; all ranks must hear the same.
         watch: called about once a second with (steps done, recent mean loss on this rank's rows, tokens/s).
         team: who trains on the same batches, each on its own rows of them.
+        made: what was trained of the round before; a round in pieces has the bits of one that was trained at once.
 
     Returns:
-        How far it came; gradients are left at zero.
+        How far the round came; gradients are left at zero.
     """
     inner = job.inner
     losses = torch.zeros(max(schedule.steps, 1), device=hardware.device)
-    done, began, watched = 0, time.perf_counter(), time.perf_counter()
+    losses[: made.steps] = torch.tensor(made.losses)
+    done, began, watched = made.steps, time.perf_counter(), time.perf_counter()
     tokens_per_step = inner.batch_size * inner.context
     norms = Norms(inner.norms_every if team.rank == 0 else 0, schedule.first_step)
     model.train()
@@ -158,8 +170,7 @@ def train_steps(
         now = time.perf_counter()
         if now - watched > _WATCH_EVERY_S:
             recent = losses[max(0, done - 50) : done].mean().item() * team.size
-            watch(done, recent, done * tokens_per_step / (now - began))
+            watch(done, recent, (done - made.steps) * tokens_per_step / (now - began))
             watched = now
-    team.sum([losses])
-    mean = losses[:done].double().mean().item() if done else math.nan
-    return Trained(done, done * tokens_per_step, mean, norms.read())
+    team.sum([losses[made.steps :]])
+    return Trained(done, done * tokens_per_step, tuple(losses[:done].tolist()), norms.read(made.norms))

@@ -5,7 +5,7 @@ pass of its own, without gradients and outside of what is compiled. It waits for
 and is read once, when the round is over.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -45,13 +45,18 @@ class Norms:
         self._steps.append(self.first_step + done)
         self._found.append(torch.stack([*parameter_norms(groups), block_norms(model, ids).max()]))
 
-    def read(self) -> dict[str, list[float]]:
-        """`step`, and at each of them `body`, `embedding` and `activation`; nothing, where nothing was measured."""
+    def read(self, before: Mapping[str, list[float]] | None = None) -> dict[str, list[float]]:
+        """`step`, and at each of them `body`, `embedding` and `activation`; nothing, where nothing was measured.
+
+        Args:
+            before: what was read of an earlier piece of the round.
+        """
         if not self._steps:
-            return {}
+            return dict(before or {})
         body, embedding, activation = torch.stack(self._found).T.tolist()
         steps = [float(step) for step in self._steps]
-        return {"step": steps, "body": body, "embedding": embedding, "activation": activation}
+        found = {"step": steps, "body": body, "embedding": embedding, "activation": activation}
+        return {what: [*(before or {}).get(what, []), *values] for what, values in found.items()}
 
 
 @torch.no_grad()

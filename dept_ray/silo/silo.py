@@ -7,9 +7,10 @@ Knows nothing of other silos, of the outer step, or of Ray.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +18,25 @@ import numpy as np
 import torch
 
 from dept_ray.config import Job
-from dept_ray.errors import SiloError
 from dept_ray.messages import RoundOrder, Score, SiloCard, SiloSpec, SiloStatus, SiloUpdate
+from dept_ray.silo.ahead import Ahead, expected_order, rebased
 from dept_ray.silo.crew import Ranks, Start, start_processes
 from dept_ray.silo.flops import flops_per_token
-from dept_ray.silo.fresh import drawn_embedding, fresh_body, fresh_embedding, fresh_rows
+from dept_ray.silo.fresh import drawn_embedding, fresh_body, fresh_embedding, fresh_shared
 from dept_ray.silo.hardware import choose_hardware
-from dept_ray.silo.inner import Schedule, Trained, make_optimizer, train_steps
+from dept_ray.silo.inner import NOTHING, Schedule, Trained, make_optimizer, train_steps
 from dept_ray.silo.micro_batch import find_micro_batch
 from dept_ray.silo.model import Body, Embedding, LanguageModel, flatten_parameters, layout_of
 from dept_ray.silo.optimizer import Optimizer
+from dept_ray.silo.reading import open_stream
 from dept_ray.silo.score import score_corpus, score_text
 from dept_ray.silo.snapshot import load_snapshot, prune_snapshots, save_snapshot, snapshot_name
-from dept_ray.silo.team import Team
+from dept_ray.silo.team import ALONE, Team
+from dept_ray.silo.vectors import Vectors
 from dept_ray.silo.wire import Shared, Wire, norm_of
 from dept_ray.text.prepare import corpus_folder, tokenizer_kind
 from dept_ray.text.shards import Corpus, open_corpus
-from dept_ray.text.stream import MixedStream, Position, Read, Stream
+from dept_ray.text.stream import Position, Read
 from dept_ray.text.tokenizer import Vocabulary
 
 NOWHERE = "nowhere"
@@ -84,7 +87,7 @@ class Silo:
         self.hardware = choose_hardware(job, spec.threads, spec.gpu, spec.compile, spec.ranks)
         self.corpora = open_corpora(job, spec)
         self.vocabulary = vocabulary_of(spec, self.corpora)
-        self.stream = self._make_stream(read)
+        self.stream = open_stream(job, spec, self.corpora, read)
         self.layout = layout_of(job.model)  # pyright: ignore[reportArgumentType] - a frozen section has a hash
         body = Body(job.model)
         body.recompute = job.inner.checkpoint_activations
@@ -92,17 +95,22 @@ class Silo:
             self.hardware.device
         )
         self.body, self._body_grad = flatten_parameters(self.model.body, self.layout)
+        self._vectors = Vectors(spec.silo, self.model, self.body)
         self._loss_of = torch.compile(self.model.loss) if self.hardware.compile else self.model.loss
         self._optimizer = self._new_optimizer()
         if spec.gpu and job.inner.micro_batch is None:
             found = find_micro_batch(self.model, self._optimizer.tensors, job, self.hardware, spec.gpu_part)
             self.hardware = replace(self.hardware, micro_batch=found)
         self._after: str | None = NOWHERE
+        self._left: Shared = {}
+        """What is shared as it was at the end of the last round, where steps are made ahead of their order."""
+        self._expected: RoundOrder | None = None
+        self._ahead: Ahead | None = None
         self._stop_at: tuple[int, int] | None = None
         self._ranks = Ranks(job, spec, start)
         # What was taken from another run is not on every silo's machine: it comes with the first order.
         draws = job.wire.codec != "fp32" and job.init.run is None
-        self._wire = Wire(spec.silo, self._fresh_shared() if draws else {})
+        self._wire = Wire(spec.silo, fresh_shared(job, spec, self.card()) if draws else {})
         self._status = SiloStatus(spec.silo)
 
     # ------------------------------------------------------------------------------------ what others may ask
@@ -126,7 +134,10 @@ class Silo:
         return replace(self._status, holds=self._wire.holds)
 
     def stop(self, round: int, attempt: int) -> None:
-        """Ask the training of that round to hand in what it has; may be called from another thread."""
+        """Ask the training of that round to hand in what it has, or the steps that were begun after it to end.
+
+        May be called from another thread.
+        """
         self._stop_at = (round, attempt)
 
     def obey(self, order: RoundOrder) -> SiloUpdate:
@@ -141,11 +152,14 @@ class Silo:
         """
         torch.set_num_threads(self.spec.threads)
         seconds: dict[str, float] = {}
+        ahead, self._ahead, self._expected = self._ahead, None, None
         self._say("loading", order)
         with self._timed("load", seconds):
-            self._restore(order.after)
+            if ahead is None or not ahead.fits(order):
+                ahead = None
+                self._restore(order.after)
             shared = self._wire.receive(order)
-            self._take(shared)
+            self._vectors.take(shared)
             if order.steps:
                 self._ranks.assemble()
         scores: dict[str, Score] = {}
@@ -155,22 +169,47 @@ class Silo:
                 scores = self.score()
         if order.steps == 0:
             self._say("waiting", order)
-            return self._answer(order, Trained(0, 0, float("nan")), None, order.position, scores, seconds)
+            return self._answer(order, NOTHING, None, order.position, scores, seconds)
         self._after = NOWHERE  # until it is saved, what is in memory has no name
         with self._timed("train", seconds):
-            trained = self._train(order)
+            trained = self._train(order, shared, ahead)
+        if ahead is not None:
+            seconds["ahead"] = ahead.seconds
         self._stop_at = None
         position = self.stream.advance(order.position, trained.steps)
         self._say("saving", order)
         with self._timed("code", seconds):
-            deltas = self._deltas(shared)
+            deltas = {what: self._vectors.read(what) - vector for what, vector in shared.items()}  # equation 1
             norm = norm_of(deltas["body"]) if "body" in deltas else 0.0
             sent = self._wire.send(order.codec, deltas)
         with self._timed("save", seconds):
-            snapshot = self._save(order, position)
+            snapshot = self._save(order, position, shared)
+        self._expected = expected_order(self.job, order, snapshot, position)
         update = self._answer(order, trained, snapshot, position, scores, seconds)
         self._say("waiting", order)
         return replace(update, body_norm=norm, body=sent.get("body"), rows=sent.get("rows"))
+
+    def go_ahead(self) -> None:
+        """Make steps of the next round while its order is not here, where there are any; returns once stopped.
+
+        Raises:
+            ShardError: its text cannot be read. Nothing is lost: the order will find it out.
+        """
+        order, self._expected = self._expected, None
+        if order is None:
+            return
+        torch.set_num_threads(self.spec.threads)
+        began = self._clock()
+        self._say("going ahead", order)
+        self._restore(order.after)
+        self._after = NOWHERE
+        home = self._vectors.copies({"body", "rows"} - self._left.keys())
+        self._vectors.take(self._left)
+        trained = self._steps(order, ALONE, islice(self._batches(order), order.ahead))
+        reached = self._vectors.copies(("body", "rows"))
+        self._vectors.take(home)  # which is scored, if the order asks for it
+        self._ahead = Ahead(order, trained, reached, self._clock() - began)
+        self._say("waiting", order)
 
     def score(self) -> dict[str, Score]:
         """Validation of every source that has some, with the parameters as they are."""
@@ -195,7 +234,7 @@ class Silo:
         torch.set_num_threads(self.spec.threads)
         self._optimizer = self._new_optimizer()
         self._load_moments({name: torch.empty(tuple(shape)) for name, shape in moments.items()})
-        self._steps(order, team)
+        self._steps(order, team, self._batches(order))
 
     def close(self) -> None:
         """Stop reading ahead, and let the other ranks go."""
@@ -217,21 +256,34 @@ class Silo:
         return max(1, 8192 // self.job.inner.context)
 
     # ------------------------------------------------------------------------------------ the parts of obeying
-    def _train(self, order: RoundOrder) -> Trained:
+    def _train(self, order: RoundOrder, shared: Shared, ahead: Ahead | None) -> Trained:
+        """The steps of an order, those first that go ahead of it, but for what was made of them already."""
         self._say("training", order)
         if self.spec.reset_embedding and order.round > 0:
             self._draw_tokens(order.round)
+        made = NOTHING if ahead is None else ahead.trained
+        batches = self._batches(order, made.steps)
         with self._ranks.following(order, self._moments()) as team:
-            return self._steps(order, team)
+            if order.ahead:
+                self._vectors.take(self._left if ahead is None else ahead.reached)
+                made = self._steps(order, team, islice(batches, order.ahead - made.steps), made)
+                self._vectors.take(rebased(shared, self._left, self._vectors.copies(shared)))
+            return self._steps(order, team, batches, made)
 
-    def _steps(self, order: RoundOrder, team: Team) -> Trained:
-        """The steps of an order, as one of its ranks."""
+    def _batches(self, order: RoundOrder, made: int = 0) -> Iterator[np.ndarray]:
+        """The batches of an order, but for the first that were `made`: (B, T + 1) local ids each."""
+        position = self.stream.advance(order.position, made)
+        batches = self.stream.batches(position, order.steps - made)
+        return (self.vocabulary.to_local(batch) for batch in batches)
+
+    def _steps(self, order: RoundOrder, team: Team, batches: Iterable[np.ndarray], made: Trained = NOTHING) -> Trained:
+        """Steps of an order on some of its batches, as one of its ranks."""
         team.copy_from_first([*self._optimizer.tensors, *self._moments().values()])
         trained = train_steps(
             self.model,
             self._loss_of,
             self._optimizer,
-            (self.vocabulary.to_local(batch) for batch in self.stream.batches(order.position, order.steps)),
+            batches,
             job=self.job,
             hardware=self.hardware,
             schedule=Schedule(
@@ -245,8 +297,11 @@ class Silo:
                 frozen_steps=order.frozen_steps,
             ),
             should_stop=lambda: team.any(self._stop_at == (order.round, order.attempt)),
-            watch=lambda step, loss, rate: self._say("training", order, step=step, loss=loss, tokens_per_s=rate),
+            watch=lambda step, loss, rate: self._say(
+                self._status.doing, order, step=step, loss=loss, tokens_per_s=rate
+            ),
             team=team,
+            made=made,
         )
         team.check_equal(self._optimizer.tensors)
         return trained
@@ -267,40 +322,13 @@ class Silo:
             self.body.copy_(parts["body"]["flat"] if "body" in parts else fresh_body(self.job))
         self._load_moments(parts.get("optimizer", {}))
         self._wire.load(parts.get("residual", {}))
+        self._left = {what: tensor.numpy() for what, tensor in parts.get("left", {}).items()}
         self._after = after
 
-    def _take(self, shared: Shared) -> None:
-        """Copy what is shared into the model."""
-        if "body" in shared:
-            if shared["body"].shape != (self.layout.size,):
-                mine, given = self.layout.size, shared["body"].shape
-                raise SiloError(f"silo {self.spec.silo}: ordered a body of {given}, mine has {mine} values")
-            _copy(self.body, shared["body"])
-        if "rows" in shared:
-            size = self.vocabulary.size
-            _copy(self.model.embedding.tokens, shared["rows"][:size])
-            if self.model.embedding.positions is not None:
-                _copy(self.model.embedding.positions, shared["rows"][size:])
-
-    def _deltas(self, shared: Shared) -> Shared:
-        """Equation 1: what training made of what was shared."""
-        mine = {"body": lambda: self.body.cpu().numpy(), "rows": self._rows}
-        return {what: mine[what]() - vector for what, vector in shared.items()}
-
-    def _fresh_shared(self) -> Shared:
-        """What is shared before the first round, as everybody draws it."""
-        shared: Shared = {}
-        if self.spec.share_body:
-            shared["body"] = fresh_body(self.job).numpy()
-        if self.spec.share_rows:
-            rows = fresh_rows(self.job, self.vocabulary.global_size).numpy()
-            shared["rows"] = rows[self.card().rows_of(len(rows))]
-        return shared
-
-    def _save(self, order: RoundOrder, position: Position) -> str:
-        """Write what stays home."""
+    def _save(self, order: RoundOrder, position: Position, shared: Collection[str]) -> str:
+        """Write what stays home and, where it is needed, what is `shared` as it stands here."""
         name = snapshot_name(order.round, order.life, order.attempt)
-        parts: dict[str, dict[str, torch.Tensor]] = {}
+        parts: dict[str, Mapping[str, torch.Tensor]] = {}
         if not self.spec.share_rows:
             parts["embedding"] = self.model.embedding.state_dict()
         if not self.spec.share_body:
@@ -309,6 +337,9 @@ class Silo:
             parts["optimizer"] = self._moments()
         if residual := self._wire.parts():
             parts["residual"] = residual
+        if shared and self.job.inner.ahead_steps:
+            self._left = self._vectors.copies(shared)
+            parts["left"] = {what: torch.from_numpy(vector) for what, vector in self._left.items()}
         folder = silo_folder(self.job, self.spec.silo)
         about = {
             "run": self.job.name,
@@ -334,11 +365,6 @@ class Silo:
         )  # fmt: skip
 
     # ------------------------------------------------------------------------------------ embedding and moments
-    def _rows(self) -> np.ndarray:
-        """(V_k + L, D): tokens, then positions."""
-        tables = [self.model.embedding.tokens, self.model.embedding.positions]
-        return torch.cat([t.detach() for t in tables if t is not None]).cpu().numpy()
-
     def _draw_tokens(self, round: int) -> None:
         """Re-draw the token embedding and forget its moments (ACT)."""
         drawn = drawn_embedding(self.job, self.vocabulary.size, self.spec.silo, round)
@@ -363,22 +389,6 @@ class Silo:
             self._optimizer.moments.setdefault(group, {})[key] = tensor.to(self.hardware.device)
 
     # ------------------------------------------------------------------------------------ the rest
-    def _make_stream(self, read: Read | None) -> MixedStream:
-        inner, seed = self.job.inner, self.job.seed
-        here: Read = lambda name, blocks: self.corpora[name].train.read(blocks, inner.context)  # noqa: E731
-        trained = {n: self.corpora[n].train for n in self.spec.sources}
-        streams = {n: Stream(n, int(train.starts(inner.context)[-1]), seed) for n, train in trained.items()}
-        for name, stream in streams.items():
-            if stream.num_blocks < inner.batch_size:
-                raise SiloError(
-                    f'source "{name}" has {stream.num_blocks} blocks of {inner.context} tokens, fewer than one batch '
-                    f"(inner.batch_size = {inner.batch_size}): lower inner.batch_size or inner.context, "
-                    "or give it more text"
-                )
-        tau = self.job.mixture.temperature
-        weights = {n: self.job.source(n).weight * train.tokens**tau for n, train in trained.items()}
-        return MixedStream(streams, weights, inner.batch_size, inner.context, seed, read or here, here)
-
     def _say(self, doing: str, order: RoundOrder, **more: float) -> None:
         now: dict[str, Any] = {"doing": doing, "round": order.round, "steps": order.steps, "step": 0, **more}
         self._status = replace(self._status, **now)
@@ -388,11 +398,3 @@ class Silo:
         began = self._clock()
         yield
         seconds[what] = self._clock() - began
-
-
-def _copy(target: torch.Tensor, source: np.ndarray) -> None:
-    """Copy an array that is only read (Ray's are read-only views, of which torch warns) into a parameter."""
-    if target.device.type == "cpu":
-        target.detach().numpy()[...] = source
-    else:
-        target.detach().copy_(torch.tensor(source))

@@ -2,7 +2,8 @@
 
     <storage>/silos/<run>/<silo>/000012-1-0/  embedding.safetensors  body.safetensors optimizer.safetensors  state.json
 
-Only what stays home is in it (under GLOB just the position). `state.json` is written last, by rename, with the
+Only what stays home is in it (under GLOB just the position) and, where steps are made ahead of their order, what is
+shared as the round left it here (`left`). `state.json` is written last, by rename, with the
 checksums of the rest: a folder without it, or that differs from it, is refused. The name carries round, life of the
 run and attempt, so a late attempt, or a silo that a dead coordinator had ordered, can never overwrite what a manifest
 names.
@@ -31,6 +32,15 @@ def snapshot_name(round: int, life: int, attempt: int) -> str:
     '000012-3-0'
     """
     return f"{round:06d}-{life}-{attempt}"
+
+
+def snapshot_round(name: str) -> int:
+    """The round of a snapshot's name.
+
+    >>> snapshot_round("000012-3-0")
+    12
+    """
+    return int(name.split("-")[0])
 
 
 def save_snapshot(folder: Path, parts: Parts, state: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "silo": ("bench_silo.py",),
     "silos": ("bench_silo.py", "--silos", "4"),
     "coordinator": ("bench_coordinator.py",),
+    "overlap": ("bench_overlap.py",),
     "startup": ("bench_startup.py",),
     "text": ("bench_text.py",),
     "peers": ("bench_peers.py",),

@@ -174,9 +174,11 @@ def _adaptations(study: Study, base: _Base, body: Cell) -> list[Cell]:
         if own and not method.global_embedding:
             continue
         # Of the body's own job: model, learning rate and, where rows keep their meaning, tokenizer. All else is alike.
+        shape = {key: getattr(base.job.inner, key) for key in ("local_steps", "batch_size", "context")}
         alike = {
             "rounds": base.job.rounds,
-            "inner": body.job.inner.model_copy(update={"local_steps": base.job.inner.local_steps}),
+            "inner": body.job.inner.model_copy(update=shape),
+            "model": body.job.model.model_copy(update={"positions": body.job.positions}),
             "tokenizer": body.job.tokenizer if own else base.job.tokenizer,
         }
         values = filled(adaptation(body.job.model_copy(update=alike), wish.job), _inherited(base.values))

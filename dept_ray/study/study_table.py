@@ -139,8 +139,10 @@ def _pivot(study: Study, found: Sequence[Standing]) -> str:
 def _remarks(study: Study, one: Standing) -> str:
     told = ["baseline"] * one.baseline
     told += [f"{key} {value} of {_listed(study.variants[one.variant].sweep[key])}" for key, value in one.tried]
-    if one.diverged:
-        told.append(f"{one.diverged} of {one.runs} failed, or know less than their unigram model")
+    if failed := len(one.errors):
+        told.append(f"{failed} of {one.runs} failed")
+    if above := one.diverged - failed:
+        told.append(f"{above} of {one.runs} above the unigram model")
     return "; ".join(told)
 
 

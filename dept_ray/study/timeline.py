@@ -81,7 +81,7 @@ def _cells(silo: str, group: Sequence[Record], name: str, start: float, length: 
         said = f"round {record['round']}: "
         for what, s in record["silos"].get(silo, {}).get("seconds", {}).items():
             state = what if what in STATES else "load"
-            if s:
+            if s and what != "ahead":  # that was while the round before was sent and waited for, which is drawn
                 seconds[state] = seconds.get(state, 0.0) + s
         if silo in record["refused"]:
             refused.append(said + record["refused"][silo])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from nodes import until
 
 from dept_ray.config import Job
 from dept_ray.method_names import METHOD_NAMES
@@ -37,6 +38,32 @@ def run(job: Job, pool: SiloPool, stop_after: int | None = None) -> tuple[RunSta
         pool.close()
 
 
+def test_who_goes_ahead_of_a_run_that_is_held_ends_at_once(tiny: Make) -> None:
+    """`code` hands in and goes ahead while the others train; once the round is a fact nobody does."""
+    from dept_ray.on_ray.pool import RayPool
+
+    job = tiny("spec", inner={"local_steps": 40_000, "ahead_steps": 40_000}, rounds={"score_every": 0})
+    pool, control, records = RayPool(), Control(), list[dict[str, Any]]()
+    rounds = threading.Thread(target=lambda: train(job, pool, RunStore(job), Log(records.append), control))
+    rounds.start()
+
+    def doing() -> set[str]:
+        return {status.doing for status in pool.statuses().values()}
+
+    until(lambda: doing() == {"training"})
+    control.pause()
+    pool.places.actors["code"].stop.remote(0, 0)
+    until(lambda: "going ahead" in doing())
+    pool.hand_in()
+    until(lambda: control.paused)
+    until(lambda: not pool.places.poll(pool.cards) and doing() == {"waiting"}, within_s=30)
+    control.stop()
+    rounds.join()
+    pool.close()
+    (record,) = records
+    assert all(0 < silo["steps"] < 40_000 for silo in record["silos"].values())
+
+
 def curve(records: list[dict[str, Any]]) -> list[Any]:
     """What must not differ between two runs of one job."""
     return [(r["event"], r["round"], r.get("loss"), r.get("scores"), r.get("sent_bytes")) for r in records]
@@ -46,10 +73,12 @@ def curve(records: list[dict[str, Any]]) -> list[Any]:
     "method", [m if m in ("glob", "spec-opt", "act") else pytest.param(m, marks=pytest.mark.soak) for m in METHOD_NAMES]
 )
 def test_stopped_and_resumed_on_ray_equals_uninterrupted_in_process_bit_for_bit(tiny: Make, method: str) -> None:
+    """Under GLOB silos make steps ahead of their orders, on Ray before they are there."""
     from dept_ray.on_ray.pool import RayPool
 
-    expected, expected_records = run(tiny(method, at="here"), LocalPool())
-    job = tiny(method, at="there")
+    inner = {"ahead_steps": 2 if method == "glob" else 0}
+    expected, expected_records = run(tiny(method, at="here", inner=inner), LocalPool())
+    job = tiny(method, at="there", inner=inner)
     _, first = run(job, RayPool(), stop_after=1)
     state, second = run(job, RayPool())
     assert [r["round"] for r in first] == [1, 2]  # which was in progress when round 1 had been committed

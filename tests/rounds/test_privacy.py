@@ -47,7 +47,7 @@ class Tapped(LocalPool):
         answers = super().run_round(orders, deadline, meanwhile)
         self.messages += [*orders.values(), *answers.values(), *self.statuses().values(), *self.cards.values()]
         for name, silo in self.silos.items():
-            self.rows.setdefault(name, []).append(silo._rows())
+            self.rows.setdefault(name, []).append(silo._vectors.read("rows"))
         return answers
 
 
@@ -70,7 +70,7 @@ def finished(tmp_path_factory):
             if source["name"] != "numbers":
                 source["storage"] = str(folder / f"region-{source['name']}")
         job = tiny_job(folder / "shared", method, text=folder / "text", sources=sources, rounds={"total": 3, "keep": 9},
-                       inner={"optimizer_state": "keep"})  # fmt: skip
+                       inner={"optimizer_state": "keep", "ahead_steps": 2})  # fmt: skip
         prepare(job, local=True)
         pool, store = Tapped(), RunStore(job)
         board = TensorBoard(store.folder / "tensorboard")

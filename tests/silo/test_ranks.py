@@ -124,10 +124,10 @@ def test_a_rank_that_fails_says_why_and_the_next_order_succeeds(tiny, open_silo,
     order, times = first_order(job, silo), iter(range(100))
     steps = Silo._steps
 
-    def fails_once(self: Silo, order: RoundOrder, team: Team) -> Any:
+    def fails_once(self: Silo, order: RoundOrder, team: Team, *more: Any) -> Any:
         if team.rank == 1 and next(times) == 0:
             raise SiloError("the fan is broken")
-        return steps(self, order, team)
+        return steps(self, order, team, *more)
 
     monkeypatch.setattr(Silo, "_steps", fails_once)
     with pytest.raises(SiloError, match=r"rank 1 of 2: SiloError: the fan is broken"):

@@ -39,7 +39,7 @@ def test_a_benchmark_that_fails_is_a_row_that_says_so(monkeypatch, tmp_path):
 
 @pytest.mark.ray
 @pytest.mark.parametrize(
-    "name", ["silo", *(pytest.param(n, marks=pytest.mark.soak) for n in ("startup", "text", "peers"))]
+    "name", ["silo", *(pytest.param(n, marks=pytest.mark.soak) for n in ("startup", "text", "peers", "overlap"))]
 )
 def test_it_starts_and_tells_its_ratio(name, tmp_path, monkeypatch):
     monkeypatch.setitem(BENCHMARKS, "peers", ("bench_peers.py", "--no-flower"))

@@ -90,7 +90,9 @@ def test_a_body_is_adapted_when_it_is_trained_and_not_when_it_failed(tmp_path: P
 def test_every_body_is_adapted_alike_whatever_it_was_trained_with(tmp_path: Path) -> None:
     variants = {
         "tokens": {"job": {"method": "std", "inner": {"lr": 0.1}}},
-        "opt": {"job": {"tokenizer": {"vocab_size": 260}, "inner": {"local_steps": 2, "optimizer": "muon"}}},
+        "opt": {
+            "job": {"tokenizer": {"vocab_size": 260}, "inner": {"local_steps": 2, "batch_size": 8, "optimizer": "muon"}}
+        },
     }
     study = tiny_study(tmp_path, variants, held_out=("numbers",), adaptations={"random": {}})
     tokens, opt = (cell.job for cell in all_cells(study, {}) if cell.adaptation)

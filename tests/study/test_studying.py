@@ -13,7 +13,9 @@ from dept_ray import studying
 from dept_ray.cli import main
 from dept_ray.config import Job
 from dept_ray.errors import RunError, SourceError, WrongRunError
+from dept_ray.in_process import train_here
 from dept_ray.metrics import read_records
+from dept_ray.rounds.control import Control
 from dept_ray.rounds.folder import run_folder
 from dept_ray.study.study_file import Study
 from dept_ray.studying import folder_of, here, known, run_study, write_pages
@@ -137,6 +139,21 @@ def fake(error: str = "", fails: type[Exception] | None = None) -> tuple[list[st
             yield job, error
 
     return asked, train
+
+
+def test_a_run_that_was_cut_off_goes_on_and_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    cut, whole = (tiny_study(tmp_path / at, {"std": VARIANTS["std"] | {"sweep": {}}}) for at in ("cut", "whole"))
+
+    def two_rounds(jobs: Sequence[Job]) -> Generator[tuple[Job, str]]:
+        control = Control()
+        train_here(jobs[0], lambda record: control.stop() if record["round"] == 2 else None, control=control)
+        yield jobs[0], ""
+
+    with pytest.raises(RunError, match=r"run s\.std\.s0 was stopped before its last round"):
+        run_study(cut, two_rounds)
+    run_study(cut, here)
+    run_study(whole, here)
+    assert known(cut)[1]["s.std.s0"].scores == known(whole)[1]["s.std.s0"].scores
 
 
 def test_a_run_that_fails_is_a_result_and_not_the_end(tmp_path: Path) -> None:

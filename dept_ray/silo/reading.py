@@ -1,0 +1,34 @@
+"""What a silo reads: the batches of its sources, drawn as the job says. It opens nothing and trains nothing."""
+
+from collections.abc import Mapping
+
+from dept_ray.config import Job
+from dept_ray.errors import SiloError
+from dept_ray.messages import SiloSpec
+from dept_ray.text.shards import Corpus
+from dept_ray.text.stream import MixedStream, Read, Stream
+
+
+def open_stream(job: Job, spec: SiloSpec, corpora: Mapping[str, Corpus], read: Read | None) -> MixedStream:
+    """The batches of the sources that a silo trains on.
+
+    Args:
+        job, spec: what the silo was made of.
+        corpora: of its sources.
+        read: how blocks become tokens, ahead of time; None: from their shards, in this process.
+
+    Raises:
+        SiloError: a source is smaller than a batch.
+    """
+    inner, trained = job.inner, {name: corpora[name].train for name in spec.sources}
+    streams = {n: Stream(n, int(train.starts(inner.context)[-1]), job.seed) for n, train in trained.items()}
+    for name, stream in streams.items():
+        if stream.num_blocks < inner.batch_size:
+            raise SiloError(
+                f'source "{name}" has {stream.num_blocks} blocks of {inner.context} tokens, fewer than one batch '
+                f"(inner.batch_size = {inner.batch_size}): lower inner.batch_size or inner.context, "
+                "or give it more text"
+            )
+    here: Read = lambda name, blocks: trained[name].read(blocks, inner.context)  # noqa: E731
+    weights = {n: job.source(n).weight * train.tokens**job.mixture.temperature for n, train in trained.items()}
+    return MixedStream(streams, weights, inner.batch_size, inner.context, job.seed, read or here, here)
