@@ -25,10 +25,10 @@ from dept_ray.sections import (
     Resources,
     RoundsSection,
     Section,
-    Source,
     TokenizerSection,
     WireSection,
 )
+from dept_ray.source_sections import Source
 
 
 class Job(Section):

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from dept_ray.config import Job
 from dept_ray.errors import ConfigError, nearest
 from dept_ray.messages import Change
-from dept_ray.sections import DealtSource, FilesSource, HubSource, InstalledSource, Source
+from dept_ray.source_sections import DealtSource, FilesSource, HubSource, InstalledSource, Source
 
 _SOURCES = ("sources", "of")
 """Keys that hold sources."""

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from dept_ray.errors import SourceError
-from dept_ray.sections import FilesSource
+from dept_ray.source_sections import FilesSource
 
 Side = Literal["train", "validation"]
 

@@ -29,7 +29,7 @@ import numpy as np
 from dept_ray.config import Job
 from dept_ray.draws import digest
 from dept_ray.errors import VocabularyError
-from dept_ray.sections import Source
+from dept_ray.source_sections import Source
 from dept_ray.text import shards
 from dept_ray.text.tasks import Task, clean, index, learn_own, pack, sample, save_tokenizer, text_index, text_parts
 from dept_ray.text.tokenizer import load_tokenizer, train_tokenizer

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dept_ray.errors import SourceError
-from dept_ray.sections import DealtSource, FilesSource, HubSource, ReadSource, Source
+from dept_ray.source_sections import DealtSource, FilesSource, HubSource, ReadSource, Source
 from dept_ray.text.files import Side, file_documents, no_column, no_string
 from dept_ray.text.installed import installed_documents
 

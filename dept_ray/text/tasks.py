@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dept_ray.draws import checksum, digest, generator
-from dept_ray.sections import Source, TokenizerSection
+from dept_ray.sections import TokenizerSection
+from dept_ray.source_sections import Source
 from dept_ray.text import shards
 from dept_ray.text.shards import ShardFile, Split
 from dept_ray.text.sources import documents

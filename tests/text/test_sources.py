@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dept_ray.errors import SourceError
-from dept_ray.sections import FilesSource, HubSource, InstalledSource
+from dept_ray.source_sections import FilesSource, HubSource, InstalledSource
 from dept_ray.text import sources
 from dept_ray.text.sources import documents, raw_documents
 
