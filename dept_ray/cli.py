@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dept_ray import __version__, cli_jobs, cli_live, cli_preemption, cli_region, cli_study
+from dept_ray import __version__, cli_finetune, cli_jobs, cli_live, cli_preemption, cli_region, cli_study
 from dept_ray.errors import ConfigError, DeptError
 from dept_ray.method_names import METHOD_NAMES
 
@@ -42,6 +42,7 @@ def main() -> None:
 
 for command in (
     *cli_live.COMMANDS, cli_jobs.submit, cli_region.region, cli_preemption.watch_preemption, cli_study.study,
+    cli_finetune.finetune,
 ):  # fmt: skip
     main.add_command(command)
 
@@ -100,7 +101,9 @@ def train(
 @click.argument("run")
 @click.argument("job_file")
 @click.option(
-    "--embedding", type=click.Choice(("random", "own", "overlap")), help="To begin from (default: the job's; random)."
+    "--embedding",
+    type=click.Choice(("random", "own", "overlap", "ofa", "tokenadapt")),
+    help="To begin from (default: the job's; random).",
 )
 @click.option("--round", "round_", type=click.IntRange(1), help="RUN's committed round (default: the last).")
 @click.option("--silo", help="Whose body, where each silo of RUN has its own.")

@@ -164,7 +164,7 @@ _HOUSEKEEPING: Any = {
     "inner": {"norms_every"},
     "faults": True,
     "regions": True,
-    "init": {"run"},  # what was taken from there is told by its fingerprint
+    "init": {"run", "checkpoint"},  # what was taken from there is told by its fingerprint
     # Where files lie may change; what is in them may not: the fingerprint of the tokens is checked on its own.
     "sources": {"__all__": {**dict.fromkeys(_WHERE, True), "of": {"__all__": set(_WHERE)}}},
 }

@@ -87,6 +87,10 @@ class RoundOrder:
     """Length of the cosine, in global inner steps."""
     frozen_steps: int = 0
     """First steps of this round in which the body stands still (a newcomer trains its embedding alone)."""
+    donors: dict[str, str] = field(default_factory=dict)
+    """Of a newcomer that lives where they live: the snapshots, by silo, whose rows its own begin from."""
+    donors_way: str = ""
+    """How (`silo.warmstart`)."""
     ahead: int = 0
     """First steps of this round that go from where its snapshot stands, as they were, or could have been, made before
     this order came; what they moved is then laid onto the shared parts, and the rest goes on from there."""

@@ -1,5 +1,5 @@
-"""What is done before a run begins, wherever it will train: its text becomes shards, and what it takes from another run
-is found.
+"""What is done before a run begins, wherever it will train: its text becomes shards, and what it begins from is
+found.
 """
 
 from collections.abc import Callable
@@ -49,12 +49,12 @@ def prepare(job: Job, address: str | None = None, report: Report = silent, local
 
 
 def begun(job: Job) -> Job:
-    """The job once it has what it takes from another run (`rounds.origin`); most take nothing.
+    """The job once it has what it begins from (`rounds.origin`); most begin from nothing.
 
     Raises:
-        ConfigError, StoreError: there is no such run, it does not fit, or it cannot be read.
+        ConfigError, StoreError: there is no such run or checkpoint, it does not fit, or it cannot be read.
     """
-    if job.init.run is None:
+    if job.init.origin is None:
         return job
     from dept_ray.rounds.origin import begin
 

@@ -319,6 +319,9 @@ class FaultsSection(Section):
     """What becomes of it: left out, or scaled down to the median. A liar who is scaled still does harm."""
     newcomer_steps: Annotated[int, Field(ge=0)] = 0
     """First steps of a silo that joined a run in which it trains its embedding alone, with the body frozen."""
+    newcomer_rows: Literal["random", "overlap", "ofa", "tokenadapt"] = "random"
+    """How the rows of a silo that joined begin where embeddings stay home: drawn, or (as `init.embedding`) from those
+    of the silos with the same `storage`, read there and sent nowhere. A silo that lives elsewhere is never read."""
 
     @model_validator(mode="after")
     def _in_order(self) -> "FaultsSection":
@@ -359,25 +362,44 @@ class MixtureSection(Section):
 
 
 class InitSection(Section):
-    """`[init]`: another run that this one goes on from, instead of a body drawn from the seed (METHOD.md section 4)."""
+    """`[init]`: another run, or a Hugging Face checkpoint, that this one goes on from (METHOD.md section 4)."""
 
     run: str | None = None
-    """A run's folder, or its name under `folder`; None: all is drawn. What is taken is copied into the new run."""
+    """A run's folder, or its name under `folder`; None: none. What is taken is copied into the new run."""
+    checkpoint: str | None = None
+    """A Hugging Face checkpoint of a GPT-2 or a Llama (config.json, safetensors and, for its rows, tokenizer.json): a
+    folder, or its name on the Hub. Its shapes must be those of [model]; what is taken is copied as a run's is."""
     round: Annotated[int, Field(gt=0)] | None = None
-    """Its committed round; None: the last."""
+    """A run's committed round; None: the last."""
     silo: Name | None = None
     """Whose body, where bodies stay home and there are several (`isolated`)."""
-    embedding: Literal["random", "own", "overlap"] = "random"
-    """random: drawn from the seed, like any other. own: the run's, which must have a global vocabulary and the same
-    tokenizer as this job. overlap: rows of the tokens that the run's embeddings have, of all its silos, and what is in
-    none drawn like them (`silo.warmstart`); under SPEC this takes rows out of the silos, whose storage must be seen."""
+    embedding: Literal["random", "own", "overlap", "ofa", "tokenadapt"] = "random"
+    """random: drawn from the seed, like any other. own: that of the run, which must have a global vocabulary, or of the
+    checkpoint; with the same tokenizer as this job. overlap: rows of the tokens that its embeddings have, of all silos
+    of a run, and what is in none drawn like them; under SPEC this takes rows out of the silos, whose storage must be
+    seen. ofa: as overlap, but what is in none is like the tokens that the new text uses alike. tokenadapt: it is the
+    mean of the parts that the old tokenizers cut it into (`silo.warmstart`)."""
     frozen_body: bool = False
     """Train the embedding alone."""
     fingerprint: str | None = None
     """Digest of what is taken; filled in when the run begins. Where it is set, nothing else is taken."""
 
+    @property
+    def origin(self) -> str | None:
+        """The run or the checkpoint; None: all is drawn."""
+        return self.run or self.checkpoint
+
+    @property
+    def told(self) -> str:
+        """For messages: the key that names the origin, and its value."""
+        return f"init.{'run' if self.run else 'checkpoint'} = {self.origin!r}"
+
     @model_validator(mode="after")
-    def _needs_run(self) -> "InitSection":
-        if self.run is None and self.model_dump(exclude_defaults=True):
-            raise ValueError("init: nothing is taken from another run without init.run: name it, or remove the section")
+    def _has_one_origin(self) -> "InitSection":
+        if self.origin is None and self.model_dump(exclude_defaults=True):
+            told = "nothing is taken from another run without init.run, or from a model without init.checkpoint"
+            raise ValueError(f"init: {told}: name it, or remove the section")
+        for key in ("run", "round", "silo") if self.checkpoint else ():
+            if getattr(self, key) is not None:
+                raise ValueError(f"init.{key} = {getattr(self, key)!r}: none for a checkpoint; remove either")
         return self

@@ -4,6 +4,7 @@ Settings are per process. Two actors of its own are per cluster, and their place
 """
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -11,6 +12,7 @@ from typing import Any
 
 import ray
 from ray.data import DataContext, ExecutionResources
+from ray.data._internal.cluster_autoscaler import CLUSTER_AUTOSCALER_ENV_KEY
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import _AutoscalingCoordinatorActor
 from ray.data._internal.remote_fn import CACHED_FUNCTIONS
 from ray.data._internal.stats import STATS_ACTOR_NAME, STATS_ACTOR_NAMESPACE, _StatsActor
@@ -19,9 +21,11 @@ from ray.data._internal.stats import STATS_ACTOR_NAME, STATS_ACTOR_NAMESPACE, _S
 def quiet_ray_data() -> None:
     """Blocks in order (the same bits every time), no progress bars, no chatter, no node with a GPU on its account.
 
-    A dataset that keeps a cluster busy for ten seconds asks the autoscaler for one more node of each type there may be,
-    but for those that its limits exclude.
+    By itself Ray Data asks the autoscaler, once a dataset has kept the cluster busy for some seconds, for twice the
+    CPUs there are, whatever nodes bring them. Its older way (V2) asks for nodes by their shape, but for those beyond
+    its limits.
     """
+    os.environ.setdefault(CLUSTER_AUTOSCALER_ENV_KEY, "V2")
     context = DataContext.get_current()
     context.execution_options.resource_limits = ExecutionResources.for_limits(gpu=0)
     context.execution_options.preserve_order = True

@@ -27,6 +27,7 @@ LIVE_KEYS = frozenset(
         "rounds.total", "rounds.choose", "rounds.score_every",
         "faults.quorum", "faults.attempts", "faults.failures", "faults.deadline_mads", "faults.deadline_floor_s",
         "faults.deadline_cap_s", "faults.norm_limit", "faults.norm_policy", "faults.newcomer_steps",
+        "faults.newcomer_rows",
     }
 )  # fmt: skip
 """What `dept-ray set` may change in a run; all else decides what the run *is*."""
@@ -100,6 +101,23 @@ def with_newcomers(state: RunState, pool: SiloPool) -> RunState:
     cards = pool.cards
     new = {name: SiloRecord(position=dict.fromkeys(cards[name].sources, 0)) for name in new}
     return replace(state, silos=dict(sorted({**state.silos, **new}.items()))) if new else state
+
+
+def donors_of(job: Job, state: RunState, name: str) -> dict[str, str]:
+    """By silo, the snapshots whose rows a newcomer begins from: of those who came before it, take part, and live where
+    it lives, so that no row leaves its home (`silo.donors`); none, where rows are shared or it has trained already."""
+    method, asked = method_of(job), job.faults.newcomer_rows != "random" and job.init.embedding == "random"
+    if not asked or method.mixed or method.share_rows != "none" or job.regions.mailbox is not None:
+        return {}
+    if state.silos[name].rounds or not job.source(name).joined:
+        return {}
+    before = job.trained[: job.trained.index(name)]
+    silos = {other: state.silos[other] for other in before if other in state.silos}
+    return {
+        other: silo.snapshot
+        for other, silo in silos.items()
+        if silo.snapshot and not silo.away and job.storage_of(other) == job.storage_of(name)
+    }
 
 
 def _away(state: RunState) -> set[str]:

@@ -1,51 +1,58 @@
-"""What a run takes from another before its first round (`[init]`, METHOD.md section 4): found, checked, copied.
+"""What a run begins from (`[init]`, METHOD.md section 4), another run or a checkpoint: found, checked, copied.
 
 The copy in the new run's folder is what everybody reads (`silo.fresh`). A run that has committed a round needs the
-other no more; where that is still there and gives something else now, the job is another one, and its folder says so.
+origin no more; where that is still there and gives something else now, the job is another one, and its folder says so.
+What a checkpoint gives is found in `rounds.foreign`.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from dept_ray.config import Job
 from dept_ray.draws import checksum, digest, seed_for
-from dept_ray.errors import ConfigError, DeptError, StoreError, VocabularyError, nearest
+from dept_ray.errors import ConfigError, DeptError, VocabularyError, nearest
 from dept_ray.rounds.changes import changed
 from dept_ray.rounds.folder import last_round, layout_fingerprint, load_round, read_job, run_folder
+from dept_ray.rounds.foreign import from_checkpoint
 from dept_ray.rounds.methods import method_of, silos_of
 from dept_ray.rounds.state import RunState
 from dept_ray.silo.fresh import origin_folder
 from dept_ray.silo.silo import silo_folder
 from dept_ray.silo.snapshot import Parts, load_snapshot, save_snapshot
-from dept_ray.silo.warmstart import Table, overlapping_rows
+from dept_ray.silo.spelling import Spelling, spelling, table_of, wanted_by
+from dept_ray.silo.warmstart import WAYS, warm_rows
 from dept_ray.text.prepare import corpus_folder, tokenizer_kind
 from dept_ray.text.shards import open_corpus
+from dept_ray.text.tokenizer import tokenizer_digest
+
+TAKEN = ("run", "checkpoint", "round", "silo", "fingerprint")
+"""Keys of `[init]` that say what was taken."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What was found in another run."""
+    """What was found in another run, or in a checkpoint."""
 
     parts: Parts
     """`body`: {flat: (n,)}; with its own embedding, `embedding`: {tokens: (V, D), positions: (L, D)}; where tokens
     overlap, the like of each silo whose rows are taken."""
     about: dict[str, Any]
-    """run, round, silo and fingerprint as `[init]` has them; of its own embedding, tokenizer: digest and place; of
-    those that overlap, pieces: the tokens of their rows, and fitted_to: of which tokenizer `embedding` was made."""
+    """run or checkpoint, round, silo and fingerprint as `[init]` has them; of its own embedding, tokenizer: digest and
+    place; of those that overlap, tables: tokens and tokenizer of each, and fitted_to: for which tokenizer `embedding`
+    was made of them."""
 
 
 def begin(job: Job) -> Job:
     """A job whose `[init]` says exactly what it begins from; that lies in its run's folder when this returns.
 
     Raises:
-        ConfigError: there is no such run or silo, or its model is another.
+        ConfigError: there is no such run, silo or checkpoint, or its model is another.
         StoreError: it has no committed round, or one of its files, or of the copy, is missing or altered.
     """
-    if job.init.run is None:
+    if job.init.origin is None:
         return job
     folder = origin_folder(job)
     kept = load_snapshot(folder)[1] if (folder / "state.json").exists() else None
@@ -59,7 +66,7 @@ def begin(job: Job) -> Job:
         if kept is None or not begun:
             raise
         about = kept
-    taken = {key: about[key] for key in ("run", "round", "silo", "fingerprint")}
+    taken = {key: about[key] for key in TAKEN if key in about}
     return job.model_copy(update={"init": job.init.model_copy(update=taken)})
 
 
@@ -69,31 +76,18 @@ def find(job: Job) -> Origin:
     Raises:
         ConfigError, StoreError: as `begin`.
     """
-    folder = _folder(job)
-    there = read_job(folder)
-    state, manifest = load_round(folder, job.init.round or last_round(folder))
-    there = changed(there, state.changes)
-    _check_model(job, there, manifest["layout"])
-    silo = _silo(job, there, state)
-    home = _home(there, state, silo) if silo else {}
-    parts: dict[str, dict[str, torch.Tensor]] = {}
-    parts["body"] = {"flat": state.body if state.body is not None else home["body"]["flat"]}
-    about: dict[str, Any] = {"run": str(folder), "round": state.round, "silo": silo}
-    if job.init.embedding == "own":
-        parts["embedding"] = _tables(state, there) if state.rows is not None else home["embedding"]
-        about["tokenizer"] = {"file": str(tokenizer_file(there)), "digest": _digest_of(tokenizer_file(there))}
-    elif job.init.embedding == "overlap":
-        whose = [silo] if silo else [None] if state.rows is not None else _trained(state)
-        about["pieces"] = {}
-        for name in whose:
-            tables = _tables(state, there) if state.rows is not None else _home(there, state, str(name))["embedding"]
-            parts[f"of-{name or 'all'}"] = tables
-            about["pieces"][f"of-{name or 'all'}"] = _pieces(there, name)
+    if job.init.embedding != "random" and method_of(job).vocabulary == "own":
+        raise ConfigError(
+            f'init.embedding = "{job.init.embedding}": under method = "{job.method}" this job makes tokenizers '
+            'of its own, and their rows mean other tokens; set init.embedding = "random", or choose method = "std"'
+        )
+    parts, about = from_checkpoint(job) if job.init.checkpoint else _of_run(job)
     seen = [checksum(parts[part][name].numpy()) for part in sorted(parts) for name in sorted(parts[part])]
     about["fingerprint"] = fingerprint = digest(*seen)
     if job.init.fingerprint not in (None, fingerprint):
+        told = about.get("checkpoint") or f"round {about['round']} of {about['run']}"
         raise ConfigError(
-            f"init.fingerprint = {job.init.fingerprint!r}: round {state.round} of {folder} is {fingerprint!r}: it was "
+            f"init.fingerprint = {job.init.fingerprint!r}: {told} is {fingerprint!r}: it was "
             "trained again since; remove the key to begin from what is there now"
         )
     return Origin(parts, about)
@@ -109,16 +103,16 @@ def fit_vocabulary(job: Job) -> None:
     if job.init.embedding == "random" or not (folder / "state.json").exists():
         return
     parts, about = load_snapshot(folder)
-    mine = _digest_of(tokenizer_file(job))
-    if job.init.embedding == "overlap":
+    mine = tokenizer_digest(tokenizer_file(job))
+    if job.init.embedding in WAYS:
         if about.get("fitted_to") != mine:
-            embedding = _overlapping(job, parts, about["pieces"])
+            embedding = _warm(job, parts, about["tables"])
             save_snapshot(folder, {**parts, "embedding": embedding}, {**about, "fitted_to": mine})
         return
     theirs = about["tokenizer"]
     if mine != theirs["digest"]:
         raise VocabularyError(
-            f'init.embedding = "own": the tokenizer of {job.init.run} is not the one that this job\'s text was '
+            f'init.embedding = "own": the tokenizer of {job.init.origin} is not the one that this job\'s text was '
             f'prepared with: set tokenizer.kind = "file" and tokenizer.name = "{theirs["file"]}", '
             'or init.embedding = "random"'
         )
@@ -130,6 +124,30 @@ def tokenizer_file(job: Job) -> Path:
 
 
 # ------------------------------------------------------------------------------------------------ finding
+def _of_run(job: Job) -> tuple[Parts, dict[str, Any]]:
+    folder = _folder(job)
+    there = read_job(folder)
+    state, manifest = load_round(folder, job.init.round or last_round(folder))
+    there = changed(there, state.changes)
+    _check_model(job, there, manifest["layout"])
+    silo = _silo(job, there, state)
+    home = _home(there, state, silo) if silo else {}
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    parts["body"] = {"flat": state.body if state.body is not None else home["body"]["flat"]}
+    about: dict[str, Any] = {"run": str(folder), "round": state.round, "silo": silo}
+    if job.init.embedding == "own":
+        parts["embedding"] = _tables(state, there) if state.rows is not None else home["embedding"]
+        about["tokenizer"] = {"file": str(tokenizer_file(there)), "digest": tokenizer_digest(tokenizer_file(there))}
+    elif job.init.embedding in WAYS:
+        whose = [silo] if silo else [None] if state.rows is not None else _trained(state)
+        about["tables"] = {}
+        for name in whose:
+            tables = _tables(state, there) if state.rows is not None else _home(there, state, str(name))["embedding"]
+            parts[f"of-{name or 'all'}"] = tables
+            about["tables"][f"of-{name or 'all'}"] = _spelling(there, name)
+    return parts, about
+
+
 def _folder(job: Job) -> Path:
     run = str(job.init.run)
     runs = Path(job.folder) / "runs"
@@ -166,11 +184,6 @@ def _silo(job: Job, there: Job, state: RunState) -> str | None:
             f'init.embedding = "own": under method = "{there.method}" run {there.name} has no embedding of a global '
             'vocabulary; set init.embedding = "random"'
         )
-    if job.init.embedding != "random" and method_of(job).vocabulary == "own":
-        raise ConfigError(
-            f'init.embedding = "{job.init.embedding}": under method = "{job.method}" this job makes tokenizers '
-            'of its own, and their rows mean other tokens; set init.embedding = "random", or choose method = "std"'
-        )
     if method.share_body and not (own and method.share_rows == "none"):
         if asked is not None:
             raise ConfigError(f"init.silo = {asked!r}: all silos of run {there.name} share what is taken; remove it")
@@ -193,24 +206,22 @@ def _home(there: Job, state: RunState, silo: str) -> dict[str, dict[str, torch.T
     return load_snapshot(silo_folder(there, silo) / str(state.silos[silo].snapshot))[0]
 
 
-def _pieces(there: Job, silo: str | None) -> list[str]:
-    """The tokens of a silo's rows (None: of the shared ones), in the order of the rows."""
+def _spelling(there: Job, silo: str | None) -> Spelling:
+    """The tokens of a silo's rows (None: of the shared ones), in the order of the rows, and their tokenizer."""
     vocabulary = method_of(there).vocabulary if silo else "global"
     source = there.trained[0] if silo is None else silos_of(there)[silo][0]
     corpus = open_corpus(corpus_folder(there, source, tokenizer_kind(vocabulary)), verify=False)
     rows = corpus.trimmed if vocabulary == "trimmed" else corpus.vocabulary
-    tokenizer = corpus.tokenizer
-    return [tokenizer.id_to_token(int(id)) or "" for id in rows.to_global(np.arange(rows.size))]
+    return spelling(corpus.tokenizer, rows)
 
 
-def _overlapping(job: Job, parts: Parts, pieces: dict[str, list[str]]) -> dict[str, torch.Tensor]:
+def _warm(job: Job, parts: Parts, spellings: dict[str, Spelling]) -> dict[str, torch.Tensor]:
     """The embedding of this job's global vocabulary; its positions are those of the first table."""
-    corpus = open_corpus(corpus_folder(job, job.trained[0], "global"), verify=False)
-    tokenizer = corpus.tokenizer
-    mine = [tokenizer.id_to_token(id) or "" for id in range(corpus.vocabulary.size)]
-    tables = [Table(tuple(pieces[name]), parts[name]["tokens"]) for name in sorted(pieces)]
+    corpora = [open_corpus(corpus_folder(job, name, "global"), verify=False) for name in job.trained]
+    tables = [table_of(spellings[name], parts[name]["tokens"]) for name in sorted(spellings)]
+    wanted = wanted_by(corpora, corpora[0].vocabulary, job.seed)
     generator = torch.Generator().manual_seed(seed_for(job.seed, "overlap"))
-    return {**parts[min(pieces)], "tokens": overlapping_rows(mine, tables, generator)}
+    return {**parts[min(spellings)], "tokens": warm_rows(job.init.embedding, wanted, tables, generator)}
 
 
 def _tables(state: RunState, there: Job) -> dict[str, torch.Tensor]:
@@ -218,10 +229,3 @@ def _tables(state: RunState, there: Job) -> dict[str, torch.Tensor]:
     learned = there.positions if there.model.arch == "gpt2" else 0
     tokens = state.rows[: len(state.rows) - learned]
     return {"tokens": tokens, "positions": state.rows[len(tokens) :]} if learned else {"tokens": tokens}
-
-
-def _digest_of(file: Path) -> str:
-    try:
-        return digest(file.read_bytes())
-    except OSError as err:
-        raise StoreError(f"tokenizer {file} cannot be read ({err}): restore it, or prepare its text again") from None

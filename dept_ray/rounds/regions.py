@@ -64,11 +64,16 @@ def check_regions(job: Job) -> None:
             f'regions.mailbox = "{job.regions.mailbox}": method = "{job.method}" trains one silo on the text of all '
             "sources, which would have to leave their regions; choose another method, or leave the mailbox out"
         )
-    if job.init.run is not None and (job.init.embedding != "random" or not method.share_body):
+    if job.init.origin is not None and (job.init.embedding != "random" or not method.share_body):
         raise ConfigError(
-            f'init.run = "{job.init.run}": behind a mailbox a silo cannot read what another run left on the '
+            f"{job.init.told}: behind a mailbox a silo cannot read what the run begins from, which is on the "
             'coordinator\'s disk; only a shared body comes to it, with its orders: set init.embedding = "random" '
             "and choose a method that shares the body, or leave the mailbox out"
+        )
+    if job.faults.newcomer_rows != "random":
+        raise ConfigError(
+            f'faults.newcomer_rows = "{job.faults.newcomer_rows}": behind a mailbox nobody knows which silos live '
+            'in one place, and rows never leave theirs; set it to "random", or leave the mailbox out'
         )
     if method.vocabulary != "own" and job.tokenizer.kind in ("bpe", "unigram"):
         raise ConfigError(

@@ -18,7 +18,7 @@ from dept_ray.draws import checksum
 from dept_ray.errors import DeptError, QuorumLost
 from dept_ray.messages import RoundOrder, SiloCard
 from dept_ray.metrics import Record
-from dept_ray.rounds.changes import changed, obey_people, with_newcomers
+from dept_ray.rounds.changes import changed, donors_of, obey_people, with_newcomers
 from dept_ray.rounds.control import Control
 from dept_ray.rounds.ledger import Attempt, final_record, past_seconds, round_record
 from dept_ray.rounds.membership import choose, deadline_s, judge, members
@@ -171,6 +171,7 @@ def orders_for(
             position=state.silos[name].position, first_step=state.step, steps=steps, score=due, lr=job.inner.lr,
             total_steps=state.step + (job.rounds.total - state.round) * job.inner.local_steps,
             frozen_steps=frozen[name], ahead=ahead[name],
+            donors=donors_of(job, state, name), donors_way=job.faults.newcomer_rows,
             fingerprint=fingerprint, codec=job.wire.codec, body=bodies[held[name]],
             rows=rows[name],
         )

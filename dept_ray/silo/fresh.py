@@ -1,8 +1,8 @@
-"""What a run is before its first round: drawn from the seed or, under `[init]`, taken from another run.
+"""What a run is before its first round: drawn from the seed or, under `[init]`, taken from another run or a checkpoint.
 
 Body and embedding are the same for whoever makes them, a silo or the coordinator, on whatever machine: draws are from
-labels, and what another run gave lies copied in this one's folder (`rounds.origin` puts it there). So nobody needs the
-other run any more, and it may train on, or be deleted. Who only needs what is drawn reads no file.
+labels, and what was taken lies copied in this run's folder (`rounds.origin` puts it there). So nobody needs the other
+run any more, and it may train on, or be deleted. Who only needs what is drawn reads no file.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ from dept_ray.text.tokenizer import Vocabulary
 
 
 def origin_folder(job: Job) -> Path:
-    """Where a run keeps what it took from another: a snapshot with `body` and, for its own embedding, `embedding`."""
+    """Where a run keeps what it began from: a snapshot with `body` and, for its own embedding, `embedding`."""
     return Path(job.folder) / "runs" / job.name / "origin"
 
 
@@ -28,14 +28,13 @@ def fresh_body(job: Job) -> torch.Tensor:
     """theta_0 as one flat vector, (n,) fp32 in the order of `Layout`: the same for every silo and the coordinator.
 
     Raises:
-        StoreError: what was taken from another run is missing or altered.
+        StoreError: what was taken is missing or altered.
     """
-    if job.init.run is not None:
+    if job.init.origin is not None:
         return load_snapshot(origin_folder(job))[0]["body"]["flat"]
     module = Body(job.model)
     initialise(module, torch.Generator().manual_seed(seed_for(job.seed, "body")))
-    named = dict(module.named_parameters())
-    return torch.cat([named[name].detach().flatten() for name in layout_of(job.model).names])  # pyright: ignore[reportArgumentType] - a frozen section has a hash
+    return layout_of(job.model).flat(dict(module.named_parameters()))  # pyright: ignore[reportArgumentType] - a frozen section has a hash
 
 
 def fresh_rows(job: Job, vocabulary_size: int) -> torch.Tensor:
@@ -60,7 +59,7 @@ def fresh_embedding(job: Job, vocabulary: Vocabulary, *labels: str | int) -> Emb
     """phi_0 and psi_0 of a vocabulary's rows.
 
     Raises:
-        VocabularyError: another run's embedding is asked for, and has other rows.
+        VocabularyError: an embedding is to be taken that has other rows.
         StoreError: it is missing or altered.
     """
     if job.init.embedding == "random":
@@ -68,7 +67,7 @@ def fresh_embedding(job: Job, vocabulary: Vocabulary, *labels: str | int) -> Emb
     tables = load_snapshot(origin_folder(job))[0]["embedding"]
     if len(tables["tokens"]) != vocabulary.global_size:
         raise VocabularyError(
-            f'init.embedding = "own": run {job.init.run} has rows for {len(tables["tokens"])} tokens, this job\'s '
+            f'init.embedding = "own": {job.init.origin} has rows for {len(tables["tokens"])} tokens, this job\'s '
             f"vocabulary holds {vocabulary.global_size}: prepare it with the same tokenizer"
         )
     rows = slice(None) if vocabulary.ids is None else torch.from_numpy(vocabulary.ids)

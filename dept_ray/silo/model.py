@@ -9,6 +9,7 @@ LlamaForCausalLM compute. Shapes: B batch, T time, D width, V rows, H heads, F t
 import functools
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -205,6 +206,10 @@ class Layout:
     def fingerprint(self) -> str:
         """Same fingerprint, same meaning of every element."""
         return digest(*(f"{name}{shape}" for name, shape in zip(self.names, self.shapes, strict=True)))
+
+    def flat(self, named: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Parameters by name as one vector (size,)."""
+        return torch.cat([named[name].detach().flatten() for name in self.names])
 
     def views(self, flat: Any) -> dict[str, Any]:
         """Each parameter's part of a flat vector (torch or numpy), by name, in its shape and without a copy."""

@@ -21,8 +21,9 @@ from dept_ray.config import Job
 from dept_ray.messages import RoundOrder, Score, SiloCard, SiloSpec, SiloStatus, SiloUpdate
 from dept_ray.silo.ahead import Ahead, expected_order, rebased
 from dept_ray.silo.crew import Ranks, Start, start_processes
+from dept_ray.silo.donors import first_tables
 from dept_ray.silo.flops import flops_per_token
-from dept_ray.silo.fresh import drawn_embedding, fresh_body, fresh_embedding, fresh_shared
+from dept_ray.silo.fresh import drawn_embedding, fresh_body, fresh_shared
 from dept_ray.silo.hardware import choose_hardware
 from dept_ray.silo.inner import NOTHING, Schedule, Trained, make_optimizer, train_steps
 from dept_ray.silo.micro_batch import find_micro_batch
@@ -108,8 +109,8 @@ class Silo:
         self._ahead: Ahead | None = None
         self._stop_at: tuple[int, int] | None = None
         self._ranks = Ranks(job, spec, start)
-        # What was taken from another run is not on every silo's machine: it comes with the first order.
-        draws = job.wire.codec != "fp32" and job.init.run is None
+        # What a run begins from is not on every silo's machine: it comes with the first order.
+        draws = job.wire.codec != "fp32" and job.init.origin is None
         self._wire = Wire(spec.silo, fresh_shared(job, spec, self.card()) if draws else {})
         self._status = SiloStatus(spec.silo)
 
@@ -157,7 +158,7 @@ class Silo:
         with self._timed("load", seconds):
             if ahead is None or not ahead.fits(order):
                 ahead = None
-                self._restore(order.after)
+                self._restore(order)
             shared = self._wire.receive(order)
             self._vectors.take(shared)
             if order.steps:
@@ -201,7 +202,7 @@ class Silo:
         torch.set_num_threads(self.spec.threads)
         began = self._clock()
         self._say("going ahead", order)
-        self._restore(order.after)
+        self._restore(order)
         self._after = NOWHERE
         home = self._vectors.copies({"body", "rows"} - self._left.keys())
         self._vectors.take(self._left)
@@ -306,9 +307,9 @@ class Silo:
         team.check_equal(self._optimizer.tensors)
         return trained
 
-    def _restore(self, after: str | None) -> None:
-        """Make memory equal to a snapshot (None: to a fresh silo), unless it is already."""
-        if after == self._after and after != NOWHERE:
+    def _restore(self, order: RoundOrder) -> None:
+        """Make memory equal to the snapshot that an order names (None: to a fresh silo), unless it is already."""
+        if (after := order.after) == self._after and after != NOWHERE:
             if not self._keeps_moments:
                 self._optimizer = self._new_optimizer()
             return
@@ -316,7 +317,7 @@ class Silo:
         self._optimizer = self._new_optimizer()
         parts = {} if after is None else load_snapshot(silo_folder(self.job, self.spec.silo) / after)[0]
         if not self.spec.share_rows:
-            tables = parts.get("embedding") or fresh_embedding(self.job, self.vocabulary, self.spec.silo).state_dict()
+            tables = parts.get("embedding") or first_tables(self.job, self.spec, self.corpora, self.vocabulary, order)
             self.model.embedding.load_state_dict(tables)
         if not self.spec.share_body:
             self.body.copy_(parts["body"]["flat"] if "body" in parts else fresh_body(self.job))

@@ -125,12 +125,12 @@ def check_origin(job: Job) -> None:
         ConfigError, StoreError: the body cannot be read.
     """
     folder = run_folder(job)
-    if job.init.run is None or not committed(folder):
+    if job.init.origin is None or not committed(folder):
         return
     began_from, there = read_job(folder).init.fingerprint, find(job).about["fingerprint"]
     if began_from != there:
         raise WrongRunError(
-            f"run folder {folder} adapted another body than {job.init.run} has now (fingerprint {began_from}, now "
+            f"run folder {folder} adapted another body than {job.init.origin} has now (fingerprint {began_from}, now "
             f"{there}): delete the folder to adapt the new one"
         )
 

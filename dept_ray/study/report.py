@@ -153,11 +153,10 @@ def _facts(story: Story) -> dict[str, str]:
         f"weight decay {inner.weight_decay:g}, moments {moments}, precision {inner.precision}",
         "seed": str(job.seed),
     }  # fmt: skip
-    if job.init.run is not None:
+    if job.init.origin is not None:
         frozen = ", which stands still" if job.init.frozen_body else ""
-        facts["begins from"] = (
-            f"the body of round {job.init.round} of {job.init.run}{frozen}; {job.init.embedding} embedding"
-        )
+        of_round = f"round {job.init.round} of " if job.init.round else ""
+        facts["begins from"] = f"the body of {of_round}{job.init.origin}{frozen}; {job.init.embedding} embedding"
     if method.share_body:
         facts["outer"] = f"lr {outer.eta:g}, momentum {outer.mu:g}; rows: lr {outer.rows_lr:g}, {outer.rows_momentum:g}"
     with contextlib.suppress(ConfigError):  # where nothing says how large the vocabulary is, nothing is planned

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dept_ray.draws import digest
 from dept_ray.errors import VocabularyError
 from dept_ray.sections import TokenizerSection
 
@@ -109,6 +110,27 @@ def open_tokenizer(path: Path) -> "Tokenizer":
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def tokenizer_digest(path: Path) -> str:
+    """Same digest, same ids of every text: of a tokenizer.json as the library writes it, however it is laid out.
+
+    Raises:
+        VocabularyError: it cannot be read.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        return digest(Tokenizer.from_file(str(path)).to_str())
+    except Exception as err:  # noqa: BLE001 - the library raises bare Exception for every failure
+        raise VocabularyError(
+            f"tokenizer {path} cannot be read ({err}): restore it, or prepare its text again"
+        ) from None
+
+
+def pieces_of(tokenizer: "Tokenizer", size: int) -> list[str]:
+    """The tokens of ids 0 to size - 1, as the tokenizer writes them; empty where it leaves an id out."""
+    return [tokenizer.id_to_token(id) or "" for id in range(size)]
 
 
 def vocabulary_size(tokenizer: "Tokenizer") -> int:

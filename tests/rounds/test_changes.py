@@ -81,7 +81,7 @@ VALUES: dict[str, Any] = {
     "outer.rows_momentum": 0.1, "rounds.total": 3, "rounds.choose": 1, "rounds.score_every": 1,
     "faults.quorum": 1.0, "faults.attempts": 1, "faults.failures": 1, "faults.deadline_mads": 1.0,
     "faults.deadline_floor_s": 1.0, "faults.deadline_cap_s": 500.0, "faults.norm_limit": 2.0,
-    "faults.norm_policy": "clip", "faults.newcomer_steps": 1,
+    "faults.norm_policy": "clip", "faults.newcomer_steps": 1, "faults.newcomer_rows": "ofa",
 }  # fmt: skip
 
 

@@ -271,6 +271,9 @@ class FakePool:
     def hand_in(self) -> None:
         raise AssertionError
 
+    def rest(self) -> None:
+        pass
+
     def ready(self) -> set[str]:
         return set(self.cards)
 

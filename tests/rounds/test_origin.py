@@ -27,6 +27,7 @@ from dept_ray.rounds.train import orders_for
 from dept_ray.silo.fresh import drawn_embedding, fresh_body, fresh_embedding, fresh_rows
 from dept_ray.silo.silo import Silo, silo_folder
 from dept_ray.silo.snapshot import load_snapshot
+from dept_ray.silo.warmstart import WAYS
 from dept_ray.text.prepare import corpus_folder, global_tokenizer_folder
 from dept_ray.text.tokenizer import Vocabulary
 
@@ -162,18 +163,20 @@ def test_a_run_that_shares_rows_begins_with_all_of_them_and_a_trimmed_silo_with_
     assert torch.equal(silo.model.embedding.tokens, rows[silo.vocabulary.ids])
 
 
-def test_where_the_tokens_are_the_same_overlapping_rows_are_the_run_s_own(trained, tiny):
+@pytest.mark.parametrize("way", WAYS)
+def test_where_the_tokens_are_the_same_the_rows_of_every_way_are_the_run_s_own(trained, tiny, way: str):
     own, overlap = (
-        begin_prepared(adapting(tiny, trained("trim"), at=kind, init={"embedding": kind}))
-        for kind in ("own", "overlap")
+        begin_prepared(adapting(tiny, trained("trim"), at=kind, init={"embedding": kind})) for kind in ("own", way)
     )
     assert torch.equal(fresh_rows(own, 300), fresh_rows(overlap, 300))
 
 
-@pytest.mark.parametrize("method", ["spec-opt", "spec", "std"])
-def test_tokens_that_a_silo_knew_begin_from_its_rows(trained, tiny, method: str):
+@pytest.mark.parametrize(
+    ("method", "way"), [("spec", "overlap"), ("std", "overlap"), *(("spec-opt", way) for way in WAYS)]
+)
+def test_tokens_that_a_silo_knew_begin_from_its_rows(trained, tiny, method: str, way: str):
     run = trained(method)
-    job = begin_prepared(adapting(tiny, run, init={"embedding": "overlap"}))
+    job = begin_prepared(adapting(tiny, run, init={"embedding": way}))
     rows = fresh_embedding(job, Vocabulary(300), "mixture").tokens
     assert torch.isfinite(rows).all()
     first = sorted(specs_of(run))[0]
