@@ -18,7 +18,7 @@ from sides import HERE, Ratio, options, say, tell
 
 ALONE = ["unshare", "--net", "--map-root-user"]
 SHAPES = {
-    "full": {"silos": 2, "steps": 60, "ahead": 20, "rounds": 5, "pace-s": 0.25},
+    "full": {"silos": 2, "steps": 60, "ahead": 15, "rounds": 5, "pace-s": 0.25},
     "small": {"silos": 2, "steps": 4, "ahead": 2, "rounds": 4, "pace-s": 0.0},
 }
 BITS_PER_S, ROUND_TRIP_S = 100e6, 0.1

@@ -44,10 +44,11 @@ def test_who_goes_ahead_of_a_run_that_is_held_ends_at_once(tiny: Make) -> None:
 
     job = tiny("spec", inner={"local_steps": 40_000, "ahead_steps": 40_000}, rounds={"score_every": 0})
     pool, control, records = RayPool(), Control(), list[dict[str, Any]]()
-    rounds = threading.Thread(target=lambda: train(job, pool, RunStore(job), Log(records.append), control))
+    rounds = threading.Thread(target=lambda: train(job, pool, RunStore(job), Log(records.append), control), daemon=True)
     rounds.start()
 
     def doing() -> set[str]:
+        pool.places.poll(pool.cards)
         return {status.doing for status in pool.statuses().values()}
 
     until(lambda: doing() == {"training"})
@@ -56,7 +57,7 @@ def test_who_goes_ahead_of_a_run_that_is_held_ends_at_once(tiny: Make) -> None:
     until(lambda: "going ahead" in doing())
     pool.hand_in()
     until(lambda: control.paused)
-    until(lambda: not pool.places.poll(pool.cards) and doing() == {"waiting"}, within_s=30)
+    until(lambda: doing() == {"waiting"})
     control.stop()
     rounds.join()
     pool.close()
