@@ -50,6 +50,6 @@ def test_what_cannot_be_done_between_regions_is_refused_before_anything_is_spent
     check_regions(tiny_job(tmp_path, "isolated", regions=mailbox, tokenizer={"vocabulary": "own"}))
     started = {"run": "before"}
     check_regions(tiny_job(tmp_path, "spec-opt", regions=mailbox, init=started))
-    with pytest.raises(ConfigError, match="a silo cannot read what another run left"):
+    with pytest.raises(ConfigError, match="a silo cannot read what the run begins from"):
         check_regions(tiny_job(tmp_path, "spec-opt", regions=mailbox, init={**started, "embedding": "overlap"}))
     assert not (tmp_path / "box").exists()
