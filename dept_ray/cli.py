@@ -52,7 +52,7 @@ for command in (
 @click.option("--folder", default="dept-demo", show_default=True, help="Where text, run and snapshots go.")
 @click.option("--local", is_flag=True, help="In this process, without Ray.")
 def demo(method: str | None, folder: str, local: bool) -> None:
-    """Train four silos on text that is installed on this machine, in about two minutes."""
+    """Train four silos on text that is installed on this machine, in under three minutes."""
     from dept_ray import demo as show
 
     console = _console()

@@ -1,6 +1,6 @@
 """`dept-ray demo`: four silos on real text that every machine with this package has, and what decoupling bought.
 
-Small enough for two CPU cores and two minutes. Under any of the seven methods it sees the same number of tokens.
+Small enough for two CPU cores and three minutes. Under any of the seven methods it sees the same number of tokens.
 """
 
 from statistics import fmean
@@ -51,7 +51,7 @@ def demo_job(method: str | None = None, folder: str = "dept-demo") -> Job:
                 "local_steps": 100 * (len(sources) if facts.mixed else 1),
                 "batch_size": 8, "context": 128, "lr": 3e-3, "warmup_steps": 50, "compile": "never", "threads": 1,
             },
-            "rounds": {"total": 6},
+            "rounds": {"total": 4},
         },
         where="demo",
     )  # fmt: skip

@@ -33,6 +33,7 @@ from dept_ray.rounds.pool import nothing
 from dept_ray.rounds.state import RunState, SiloRecord
 from dept_ray.rounds.store import RunStore
 from dept_ray.rounds.train import train
+from dept_ray.silo.memory import keep_freed_memory
 from dept_ray.silo.silo import Silo
 
 LAYERS = {"full": 18, "small": 1}
@@ -69,6 +70,7 @@ class NotingSilo(Silo):
 
 def bench(asked: argparse.Namespace) -> Iterator[Ratio]:
     """Two ratios."""
+    keep_freed_memory()  # as a coordinator's own process does
     yield pause(asked)
     yield growth(*MANY[asked.size])
 
