@@ -38,6 +38,9 @@ class Commands(click.Group):
 @click.version_option(__version__)
 def main() -> None:
     """Pre-train one language model on sources that do not belong together (DEPT, arXiv 2410.05021)."""
+    from dept_ray.silo.memory import keep_freed_memory
+
+    keep_freed_memory()  # some commands train, or add up bodies, in this process
 
 
 for command in (
@@ -306,9 +309,7 @@ def _train_here(job: "Job", console: "Console") -> list[dict[str, Any]]:
     from dept_ray.metrics import read_records
     from dept_ray.rounds.control import Control
     from dept_ray.rounds.folder import run_folder
-    from dept_ray.silo.memory import keep_freed_memory
 
-    keep_freed_memory()
     control = Control()
 
     def stop(*signal_and_frame: Any) -> None:

@@ -14,8 +14,7 @@ from dept_ray.draws import checksum
 from dept_ray.rounds.changes import changed
 from dept_ray.rounds.folder import load_round
 from dept_ray.rounds.store import RunStore
-from dept_ray.silo.silo import silo_folder
-from dept_ray.silo.snapshot import load_snapshot
+from dept_ray.silo.snapshot import load_snapshot, silo_folder
 
 NEWCOMER = "dialect"
 SMALLEST: dict[str, Any] = {

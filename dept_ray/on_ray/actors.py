@@ -92,10 +92,11 @@ class SiloActor:
         try:
             yield
         except Exception as err:
-            if self.spec.share_rows or discreet(err) is err:
+            told = discreet(err)
+            if self.spec.share_rows or told is err:
                 raise
             traceback.print_exc()
-            raise discreet(err) from None
+            raise told from None
 
 
 class CoordinatorActor:

@@ -20,8 +20,7 @@ from dept_ray.rounds.foreign import from_checkpoint
 from dept_ray.rounds.methods import method_of, silos_of
 from dept_ray.rounds.state import RunState
 from dept_ray.silo.fresh import origin_folder
-from dept_ray.silo.silo import silo_folder
-from dept_ray.silo.snapshot import Parts, load_snapshot, save_snapshot
+from dept_ray.silo.snapshot import Parts, load_snapshot, save_snapshot, silo_folder
 from dept_ray.silo.spelling import Spelling, spelling, table_of, wanted_by
 from dept_ray.silo.warmstart import WAYS, warm_rows
 from dept_ray.text.prepare import corpus_folder, tokenizer_kind
@@ -211,8 +210,7 @@ def _spelling(there: Job, silo: str | None) -> Spelling:
     vocabulary = method_of(there).vocabulary if silo else "global"
     source = there.trained[0] if silo is None else silos_of(there)[silo][0]
     corpus = open_corpus(corpus_folder(there, source, tokenizer_kind(vocabulary)), verify=False)
-    rows = corpus.trimmed if vocabulary == "trimmed" else corpus.vocabulary
-    return spelling(corpus.tokenizer, rows)
+    return spelling(corpus.tokenizer, corpus.rows_of(vocabulary))
 
 
 def _warm(job: Job, parts: Parts, spellings: dict[str, Spelling]) -> dict[str, torch.Tensor]:

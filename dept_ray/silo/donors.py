@@ -14,7 +14,7 @@ from dept_ray.config import Job
 from dept_ray.draws import seed_for
 from dept_ray.messages import RoundOrder, SiloSpec
 from dept_ray.silo.fresh import fresh_embedding
-from dept_ray.silo.snapshot import load_snapshot
+from dept_ray.silo.snapshot import load_snapshot, silo_folder
 from dept_ray.silo.spelling import spelling, table_of, wanted_by
 from dept_ray.silo.warmstart import Table, warm_rows
 from dept_ray.text.prepare import corpus_folder, tokenizer_kind
@@ -42,12 +42,10 @@ def first_tables(
     kind = tokenizer_kind(spec.vocabulary)
     given, tables = list[dict[str, torch.Tensor]](), list[Table]()
     for name in sorted(order.donors):
-        home = job.storage_of(name)
-        assert home == job.storage_of(spec.silo), f"{name} lives elsewhere"
-        given.append(load_snapshot(home / "silos" / job.name / name / order.donors[name])[0]["embedding"])
+        assert job.storage_of(name) == job.storage_of(spec.silo), f"{name} lives elsewhere"
+        given.append(load_snapshot(silo_folder(job, name) / order.donors[name])[0]["embedding"])
         corpus = open_corpus(corpus_folder(job, name, kind), verify=False)
-        rows = corpus.trimmed if spec.vocabulary == "trimmed" else corpus.vocabulary
-        tables.append(table_of(spelling(corpus.tokenizer, rows), given[-1]["tokens"]))
+        tables.append(table_of(spelling(corpus.tokenizer, corpus.rows_of(spec.vocabulary)), given[-1]["tokens"]))
     draws = torch.Generator().manual_seed(seed_for(job.seed, "newcomer", spec.silo))
     wanted = wanted_by([corpora[name] for name in spec.sources], vocabulary, job.seed)
     return {**given[0], "tokens": warm_rows(order.donors_way, wanted, tables, draws)}

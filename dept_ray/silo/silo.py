@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,7 @@ from dept_ray.silo.model import Body, Embedding, LanguageModel, flatten_paramete
 from dept_ray.silo.optimizer import Optimizer
 from dept_ray.silo.reading import open_stream
 from dept_ray.silo.score import score_corpus, score_text
-from dept_ray.silo.snapshot import load_snapshot, prune_snapshots, save_snapshot, snapshot_name
+from dept_ray.silo.snapshot import load_snapshot, prune_snapshots, save_snapshot, silo_folder, snapshot_name
 from dept_ray.silo.team import ALONE, Team
 from dept_ray.silo.vectors import Vectors
 from dept_ray.silo.wire import Shared, Wire, norm_of
@@ -42,11 +41,6 @@ from dept_ray.text.tokenizer import Vocabulary
 
 NOWHERE = "nowhere"
 """What memory is after before it was loaded, or while it trains: equal to no snapshot."""
-
-
-def silo_folder(job: Job, silo: str) -> Path:
-    """Where a silo's snapshots of this run are."""
-    return job.storage_of(silo) / "silos" / job.name / silo
 
 
 def open_corpora(job: Job, spec: SiloSpec) -> dict[str, Corpus]:
@@ -61,8 +55,7 @@ def open_corpora(job: Job, spec: SiloSpec) -> dict[str, Corpus]:
 
 def vocabulary_of(spec: SiloSpec, corpora: dict[str, Corpus]) -> Vocabulary:
     """The rows of a silo: what its source uses, or everything."""
-    corpus = next(iter(corpora.values()))
-    return corpus.trimmed if spec.vocabulary == "trimmed" else corpus.vocabulary
+    return next(iter(corpora.values())).rows_of(spec.vocabulary)
 
 
 class Silo:

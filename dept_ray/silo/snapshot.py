@@ -17,12 +17,18 @@ from typing import Any
 
 import torch
 
+from dept_ray.config import Job
 from dept_ray.draws import checksum
 from dept_ray.errors import StoreError
 from dept_ray.text.shards import write_atomically
 
 Parts = Mapping[str, Mapping[str, torch.Tensor]]
 """File stem -> name -> tensor."""
+
+
+def silo_folder(job: Job, silo: str) -> Path:
+    """Where a silo's snapshots of a run are: at its own home."""
+    return job.storage_of(silo) / "silos" / job.name / silo
 
 
 def snapshot_name(round: int, life: int, attempt: int) -> str:

@@ -71,9 +71,8 @@ def write_atomically(path: Path, data: "np.ndarray | bytes") -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    finally:  # there is none, unless something went wrong
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def windows(tokens: np.ndarray, context: int, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -186,6 +185,10 @@ class Corpus:
     def trimmed(self) -> Vocabulary:
         """The ids that occur in this source (V_k of TRIM and SPEC)."""
         return Vocabulary.trimmed(len(self.counts), self.used)
+
+    def rows_of(self, vocabulary: str) -> Vocabulary:
+        """Of `rounds.methods`' vocabularies the one asked for: what this source uses, or everything."""
+        return self.trimmed if vocabulary == "trimmed" else self.vocabulary
 
     @property
     def tokenizer(self) -> "Tokenizer":

@@ -25,8 +25,8 @@ from dept_ray.rounds.state import RunState, fresh_state
 from dept_ray.rounds.store import RunStore
 from dept_ray.rounds.train import orders_for
 from dept_ray.silo.fresh import drawn_embedding, fresh_body, fresh_embedding, fresh_rows
-from dept_ray.silo.silo import Silo, silo_folder
-from dept_ray.silo.snapshot import load_snapshot
+from dept_ray.silo.silo import Silo
+from dept_ray.silo.snapshot import load_snapshot, silo_folder
 from dept_ray.silo.warmstart import WAYS
 from dept_ray.text.prepare import corpus_folder, global_tokenizer_folder
 from dept_ray.text.tokenizer import Vocabulary

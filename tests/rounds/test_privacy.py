@@ -27,7 +27,7 @@ from dept_ray.rounds.pool import Deadline, LocalPool, Meanwhile, nothing
 from dept_ray.rounds.state import RunState
 from dept_ray.rounds.store import RunStore
 from dept_ray.rounds.train import train
-from dept_ray.silo.silo import silo_folder
+from dept_ray.silo.snapshot import silo_folder
 from dept_ray.text.prepare import corpus_folder
 
 PRIVATE = ["spec", "spec-opt"]

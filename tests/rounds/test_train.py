@@ -28,7 +28,7 @@ from dept_ray.rounds.state import RunState, fresh_state
 from dept_ray.rounds.store import RunStore
 from dept_ray.rounds.train import train
 from dept_ray.silo.inner import cosine
-from dept_ray.silo.silo import silo_folder
+from dept_ray.silo.snapshot import silo_folder
 
 
 class RecordingPool(LocalPool):

@@ -20,8 +20,7 @@ from dept_ray.rounds.pool import Deadline, LocalPool, Meanwhile, nothing
 from dept_ray.rounds.state import Move, RunState, shared_body
 from dept_ray.rounds.store import RunStore
 from dept_ray.rounds.train import train
-from dept_ray.silo.silo import silo_folder
-from dept_ray.silo.snapshot import load_snapshot
+from dept_ray.silo.snapshot import load_snapshot, silo_folder
 
 LOSSY = ["bf16", "int8", "int4"]
 

@@ -16,8 +16,8 @@ from dept_ray.draws import checksum
 from dept_ray.errors import ConfigError, ShardError
 from dept_ray.messages import RoundOrder, SiloUpdate
 from dept_ray.rounds.pool import specs_of
-from dept_ray.silo.silo import Silo, silo_folder
-from dept_ray.silo.snapshot import load_snapshot
+from dept_ray.silo.silo import Silo
+from dept_ray.silo.snapshot import load_snapshot, silo_folder
 
 AHEAD = 3
 SHARING = [("spec", "reset"), ("spec-opt", "keep"), ("trim", "reset"), ("glob", "keep")]

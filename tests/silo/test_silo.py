@@ -18,7 +18,8 @@ from dept_ray.rounds.methods import METHODS
 from dept_ray.rounds.pool import specs_of
 from dept_ray.rounds.state import fresh_state
 from dept_ray.rounds.train import orders_for
-from dept_ray.silo.silo import Silo, silo_folder
+from dept_ray.silo.silo import Silo
+from dept_ray.silo.snapshot import silo_folder
 from dept_ray.text.prepare import corpus_folder
 
 
