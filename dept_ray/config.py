@@ -80,6 +80,7 @@ class Job(Section):
         for wish in [self.resources, *(source.resources for source in self.sources if source.resources)]:
             self._check_shares(wish.processes)
             self._check_ahead(wish.processes)
+            self._check_shard(wish)
         return self
 
     def _check_shares(self, ranks: int) -> None:
@@ -106,6 +107,14 @@ class Job(Section):
             raise ValueError(
                 f"inner.ahead_steps = {ahead} and resources.ranks = {ranks} (by default one for each of "
                 "resources.num_gpus): only a silo of one rank goes ahead; set either to what it is by default"
+            )
+
+    def _check_shard(self, wish: Resources) -> None:
+        """Whether the optimizer's moments can be kept in parts."""
+        if self.inner.optimizer == "muon" and wish.shard == "always" and wish.processes > 1:
+            raise ValueError(
+                'inner.optimizer = "muon" and resources.shard = "always": Muon steps whole matrices, which no rank has '
+                'the moments of; set inner.optimizer = "adamw", or resources.shard = "never"'
             )
 
     @property

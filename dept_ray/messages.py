@@ -222,6 +222,8 @@ class SiloSpec:
     """Of its GPU's memory that is its own: below 1 where silos share one."""
     ranks: int = 1
     """Processes that train it together."""
+    shard: str = "auto"
+    """Whether each of them keeps a part of the moments alone: auto, never or always."""
     held_out: tuple[str, ...] = ()
     """Sources that it only scores."""
 

@@ -132,6 +132,7 @@ def specs_of(job: Job, first: Job | None = None, cores: int | None = None) -> di
             reset_embedding=method.reset_embedding,
             threads=max(1, threads // ranks[name]), gpu=wishes[name].num_gpus > 0,
             compile=compile_pays(first), gpu_part=min(1.0, wishes[name].num_gpus), ranks=ranks[name],
+            shard=wishes[name].shard,
         )
         for name, sources in silos_of(job).items()
     }  # fmt: skip

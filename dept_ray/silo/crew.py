@@ -1,10 +1,11 @@
 """`Ranks`: the other ranks of a silo, as rank 0 has them: started with its first training order, anew when one is lost.
 
-They remember nothing between two orders: each begins with a copy of what rank 0 has, so that snapshots, messages and
-scores are rank 0's alone, and a rank that is lost costs the order, never the silo. They are child processes, in process
-and on a cluster alike: there the silo's one actor holds the GPUs of all its ranks, so that they are granted and given
-back together. (A placement group outlives whoever made it: one that is killed, or started again, leaves its GPUs held
-until the whole job ends.) What they do is `follower`; how they are started is an argument, for tests.
+They remember nothing between two orders: each begins with a copy of what rank 0 has (of moments, where they are kept in
+`parts`, of its own), so that snapshots, messages and scores are rank 0's alone, and a rank that is lost costs the
+order, never the silo. They are child processes, in process and on a cluster alike: there the silo's one actor holds the
+GPUs of all its ranks, so that they are granted and given back together. (A placement group outlives whoever made it:
+one that is killed, or started again, leaves its GPUs held until the whole job ends.) What they do is `follower`; how
+they are started is an argument, for tests.
 """
 
 import json

@@ -7,7 +7,7 @@ device and size (`attention`, `loss`).
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,6 +17,9 @@ from dept_ray.silo.flops import peak_flops
 
 _COMPILE_PAYS_AFTER_STEPS = 3000
 """On 2 CPU cores a cold compile costs 9 to 22 s per process and saves some 5 ms a step."""
+
+STATE_PART = 0.75
+"""Of a GPU's memory that parameters, gradients and moments may take; the rest is for activations."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +32,25 @@ class Hardware:
     compile: bool
     micro_batch: int
     ranks: int = 1
+    parts: int = 1
+    """In how many parts the optimizer's moments are kept, one for each rank; 1: each rank has all."""
+    state_bytes: int = 0
+    """Of each rank while it trains, without activations; 0 where there is one rank."""
     peak_flops: float = 0.0
     """FLOP/s of all ranks at most; 0: not known."""
 
     def __str__(self) -> str:
         words = [self.device, f"{self.threads} thread{'s' * (self.threads > 1)}", "bf16" if self.autocast else "fp32"]
         words += [f"micro-batch {self.micro_batch}"] * (self.device_type == "cuda")
-        return ", ".join(words + ["compiled"] * self.compile + [f"{self.ranks} ranks"] * (self.ranks > 1))
+        words += ["compiled"] * self.compile + [f"{self.ranks} ranks"] * (self.ranks > 1)
+        words += [f"moments in {self.parts} parts"] * (self.parts > 1)
+        words += [f"{self.state_bytes / 1e9:.3g} GB a rank"] * (self.device_type == "cuda" and self.ranks > 1)
+        return ", ".join(words)
+
+    @property
+    def shard(self) -> str:
+        """What the other ranks are told, who may see another GPU: always or never, as `resources.shard`."""
+        return "always" if self.parts > 1 else "never"
 
     @property
     def device_type(self) -> str:
@@ -72,7 +87,34 @@ def choose_hardware(job: Job, threads: int, gpu: bool, compile: bool, ranks: int
     rows = job.inner.batch_size // ranks
     micro_batch = job.inner.micro_batch or (rows if device == "cpu" else _divisor(rows, 16))
     peak = ranks * peak_flops(torch.cuda.get_device_name()) if gpu and autocast else 0.0
-    return Hardware(device, threads, autocast, compile, micro_batch, ranks, peak)
+    return Hardware(device, threads, autocast, compile, micro_batch, ranks, peak_flops=peak)
+
+
+def choose_parts(hardware: Hardware, job: Job, shard: str, parameters: int) -> Hardware:
+    """The same, and whether the moments of a silo of several ranks are kept in parts.
+
+    Args:
+        hardware: as chosen so far.
+        job: whose optimizer it is: Muon has no parts (the job refuses to be told otherwise).
+        shard: auto, never or always, as `resources.shard`.
+        parameters: of the silo's model.
+    """
+    if hardware.ranks == 1:
+        return hardware
+    whole, divided = (state_bytes(parameters, hardware.autocast, parts) for parts in (1, hardware.ranks))
+    full = hardware.device_type == "cuda" and whole > STATE_PART * torch.cuda.mem_get_info()[1]
+    if job.inner.optimizer == "adamw" and (shard == "always" or (shard == "auto" and full)):
+        return replace(hardware, parts=hardware.ranks, state_bytes=divided)
+    return replace(hardware, state_bytes=whole)
+
+
+def state_bytes(parameters: int, autocast: bool, parts: int) -> int:
+    """Of a rank: weights and gradient, their cast to bf16, and its part of AdamW's two moments.
+
+    >>> state_bytes(1_000, autocast=True, parts=1), state_bytes(1_000, autocast=True, parts=8)
+    (18000, 11000)
+    """
+    return parameters * (4 + 4 + 2 * autocast) + 8 * parameters // parts
 
 
 def _divisor(number: int, most: int) -> int:

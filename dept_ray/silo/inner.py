@@ -18,6 +18,7 @@ from dept_ray.silo.hardware import Hardware
 from dept_ray.silo.model import Embedding, LanguageModel, Layout
 from dept_ray.silo.norms import Norms
 from dept_ray.silo.optimizer import AdamW, Group, Muon, Optimizer
+from dept_ray.silo.parts import clip_gradients, share_parameters, sum_gradients
 from dept_ray.silo.team import ALONE, Team
 
 _WATCH_EVERY_S = 1.0
@@ -162,9 +163,10 @@ def train_steps(
                 loss = loss_of(rows[:, :-1], rows[:, 1:]) / tokens_per_step
                 loss.backward()
                 losses[done] += loss.detach()
-        team.sum(tensor.grad for tensor in optimizer.tensors if tensor.grad is not None)
-        torch.nn.utils.clip_grad_norm_(optimizer.tensors, inner.clip)
+        sum_gradients(team, optimizer.groups)
+        clip_gradients(team, optimizer.groups, inner.clip)
         optimizer.step()
+        share_parameters(team, optimizer.groups)
         optimizer.zero_grad()
         done += 1
         now = time.perf_counter()

@@ -66,7 +66,7 @@ def find_micro_batch(
         model: to be trained.
         tensors: its parameters, as the optimizer steps them, with their gradients.
         job: whose batches and context are in force.
-        hardware: precision and ranks.
+        hardware: precision, ranks, and in how many parts moments are kept.
         part: of the GPU's memory that may be used, where silos share one.
 
     Raises:
@@ -93,4 +93,5 @@ def find_micro_batch(
         )
     free, total = torch.cuda.mem_get_info()
     usable = min(free + torch.cuda.memory_reserved(), int(part * total))
-    return fitting(peaks, share, usable, later=2 * sum(tensor.nbytes for tensor in tensors))  # moments
+    moments = 2 * sum(tensor.nbytes for tensor in tensors) // hardware.parts
+    return fitting(peaks, share, usable, later=moments)

@@ -21,6 +21,18 @@ class Group:
     tensor: torch.Tensor
     weight_decay: float
     lr: float = 0.0
+    part: slice | None = None
+    """The elements that are stepped here, where other ranks step the others (`parts`); None: all."""
+
+    @property
+    def stepped(self) -> torch.Tensor:
+        """What is stepped here, with its gradient: the tensor, or a view (n,) of its part."""
+        if self.part is None:
+            return self.tensor
+        part = self.tensor.detach().view(-1)[self.part]
+        if self.tensor.grad is not None:
+            part.grad = self.tensor.grad.view(-1)[self.part]
+        return part
 
 
 class Optimizer(Protocol):
@@ -28,11 +40,11 @@ class Optimizer(Protocol):
 
     groups: list[Group]
     moments: dict[str, dict[str, torch.Tensor]]
-    """By group; one that has not been stepped has none."""
+    """By group; one that has not been stepped has none. Of a part they have its elements alone."""
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """What is stepped."""
+        """Of all groups, whole."""
         ...
 
     def step(self) -> None:
@@ -56,18 +68,19 @@ class AdamW:
     def __init__(self, groups: list[Group], betas: tuple[float, float], eps: float) -> None:
         self.groups, self.betas, self.eps = groups, betas, eps
         self.moments: dict[str, dict[str, torch.Tensor]] = {}
-        """By group: step (scalar), exp_avg and exp_avg_sq (of the tensor's shape); a group begins without."""
+        """By group: step (scalar), exp_avg and exp_avg_sq (of the shape of what is stepped); it begins without."""
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """What is stepped."""
+        """Of all groups, whole."""
         return [group.tensor for group in self.groups]
 
     @torch.no_grad()
     def step(self) -> None:
         """One update of every group at its learning rate."""
         for group in self.groups:
-            tensor, grad = group.tensor, group.tensor.grad
+            tensor = group.stepped
+            grad = tensor.grad
             assert grad is not None
             moments = self.moments.get(group.name)
             if moments is None:
@@ -109,7 +122,7 @@ class Muon:
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """What is stepped."""
+        """Of all groups, whole."""
         return [group.tensor for group in self.groups]
 
     @torch.no_grad()

@@ -23,11 +23,12 @@ from dept_ray.silo.crew import Ranks, Start, start_processes
 from dept_ray.silo.donors import first_tables
 from dept_ray.silo.flops import flops_per_token
 from dept_ray.silo.fresh import drawn_embedding, fresh_body, fresh_shared
-from dept_ray.silo.hardware import choose_hardware
+from dept_ray.silo.hardware import choose_hardware, choose_parts
 from dept_ray.silo.inner import NOTHING, Schedule, Trained, make_optimizer, train_steps
 from dept_ray.silo.micro_batch import find_micro_batch
-from dept_ray.silo.model import Body, Embedding, LanguageModel, flatten_parameters, layout_of
+from dept_ray.silo.model import Body, Embedding, LanguageModel, flatten_parameters, layout_of, num_parameters
 from dept_ray.silo.optimizer import Optimizer
+from dept_ray.silo.parts import divide, gather_moments, spread
 from dept_ray.silo.reading import open_stream
 from dept_ray.silo.score import score_corpus, score_text
 from dept_ray.silo.snapshot import load_snapshot, prune_snapshots, save_snapshot, silo_folder, snapshot_name
@@ -81,6 +82,8 @@ class Silo:
         self.hardware = choose_hardware(job, spec.threads, spec.gpu, spec.compile, spec.ranks)
         self.corpora = open_corpora(job, spec)
         self.vocabulary = vocabulary_of(spec, self.corpora)
+        parameters = num_parameters(job.model, job.positions, self.vocabulary.size).total
+        self.hardware = choose_parts(self.hardware, job, spec.shard, parameters)
         self.stream = open_stream(job, spec, self.corpora, read)
         self.layout = layout_of(job.model)  # pyright: ignore[reportArgumentType] - a frozen section has a hash
         body = Body(job.model)
@@ -101,7 +104,7 @@ class Silo:
         self._expected: RoundOrder | None = None
         self._ahead: Ahead | None = None
         self._stop_at: tuple[int, int] | None = None
-        self._ranks = Ranks(job, spec, start)
+        self._ranks = Ranks(job, replace(spec, shard=self.hardware.shard), start)
         # What a run begins from is not on every silo's machine: it comes with the first order.
         draws = job.wire.codec != "fp32" and job.init.origin is None
         self._wire = Wire(spec.silo, fresh_shared(job, spec, self.card()) if draws else {})
@@ -226,8 +229,8 @@ class Silo:
             SiloError: another rank is gone.
         """
         torch.set_num_threads(self.spec.threads)
-        self._optimizer = self._new_optimizer()
-        self._load_moments({name: torch.empty(tuple(shape)) for name, shape in moments.items()})
+        self._optimizer = self._new_optimizer(team.rank)
+        self._load_moments({name: torch.empty(tuple(shape), device="meta") for name, shape in moments.items()})
         self._steps(order, team, self._batches(order))
 
     def close(self) -> None:
@@ -272,7 +275,7 @@ class Silo:
 
     def _steps(self, order: RoundOrder, team: Team, batches: Iterable[np.ndarray], made: Trained = NOTHING) -> Trained:
         """Steps of an order on some of its batches, as one of its ranks."""
-        team.copy_from_first([*self._optimizer.tensors, *self._moments().values()])
+        spread(team, self._optimizer, self.hardware.device)
         trained = train_steps(
             self.model,
             self._loss_of,
@@ -298,6 +301,8 @@ class Silo:
             made=made,
         )
         team.check_equal(self._optimizer.tensors)
+        if self._keeps_moments:
+            gather_moments(team, self._optimizer)
         return trained
 
     def _restore(self, order: RoundOrder) -> None:
@@ -370,9 +375,11 @@ class Silo:
     def _keeps_moments(self) -> bool:
         return not self.spec.share_body or self.job.inner.optimizer_state == "keep"
 
-    def _new_optimizer(self) -> Optimizer:
+    def _new_optimizer(self, rank: int = 0) -> Optimizer:
         self._body_grad.zero_()
-        return make_optimizer(self.job, self.body, self.layout, self._body_grad, self.model.embedding)
+        optimizer = make_optimizer(self.job, self.body, self.layout, self._body_grad, self.model.embedding)
+        divide(optimizer.groups, rank, self.hardware.parts)
+        return optimizer
 
     def _moments(self) -> dict[str, torch.Tensor]:
         return {f"{group}.{key}": v for group, kept in self._optimizer.moments.items() for key, v in kept.items()}
@@ -380,7 +387,7 @@ class Silo:
     def _load_moments(self, tensors: dict[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():
             group, key = name.split(".")
-            self._optimizer.moments.setdefault(group, {})[key] = tensor.to(self.hardware.device)
+            self._optimizer.moments.setdefault(group, {})[key] = tensor
 
     # ------------------------------------------------------------------------------------ the rest
     def _say(self, doing: str, order: RoundOrder, **more: float) -> None:

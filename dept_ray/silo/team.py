@@ -1,8 +1,9 @@
 """`Team`: the ranks that train one silo together, as each of them sees it.
 
-Every rank has the whole model, takes its own rows of every batch, and makes the same optimizer step on the same summed
-gradient: all stay equal to the bit, and no parameter travels during a round (`check_equal` proves it at its end).
-Nothing is sharded: a model must fit one GPU, with 16 bytes a parameter for weights, gradient and two moments.
+Every rank has all parameters and takes its own rows of every batch. Then either each makes the same optimizer step on
+the same summed gradient, and no parameter travels during a round; or, where that is too much for a GPU, each steps a
+part of its own and all copy each other's parts (`parts`). Either way all are equal to the bit after every step
+(`check_equal` proves it at a round's end), and as many bytes travel: a sum is a sum of parts and a copy of parts.
 
 Gradients are summed once a step, after the last micro-batch, and not while the backward pass runs. For N parameters, a
 step of 256 x 2048 tokens is 6 N x 524,288 operations: 0.98 ns a parameter on eight GPUs at 400 TFLOP/s each. A ring
@@ -58,12 +59,18 @@ class Team:
             for tensor in tensors:
                 self._done(self._large.allreduce, [tensor])
 
-    def copy_from_first(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Replace each tensor by rank 0's."""
+    def sum_to(self, rank: int, tensor: torch.Tensor) -> None:
+        """Replace a vector by its sum over the ranks on one of them; elsewhere its values mean nothing afterwards."""
+        if self.size > 1 and len(tensor):
+            self._done(self._large.reduce, tensor, rank)
+
+    def copy_from(self, rank: int, tensors: Iterable[torch.Tensor]) -> None:
+        """Replace each tensor by that of one rank."""
         if self.size > 1:
             for tensor in tensors:
-                # A scalar too: as a vector of one.
-                self._done(self._large.broadcast, [tensor.detach().view(-1)])
+                if tensor.numel():
+                    # A scalar too: as a vector of one.
+                    self._done(self._large.broadcast, tensor.detach().view(-1), rank)
 
     def check_equal(self, tensors: Iterable[torch.Tensor]) -> None:
         """Hold the ranks to having the same bits.

@@ -20,10 +20,10 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_here")]
 Make = Callable[..., Job]
 
 
-def mixed(tiny: Make, at: str, ranks: int, **more: Any) -> Job:
+def mixed(tiny: Make, at: str, ranks: int, shard: str = "auto", **more: Any) -> Job:
     """Silo `code` has so many ranks, the others one."""
     job = tiny("spec", at=at, inner={"eps": 1e-6}, **more)
-    resources = job.resources.model_copy(update={"ranks": ranks})
+    resources = job.resources.model_copy(update={"ranks": ranks, "shard": shard})
     sources = [s.model_copy(update={"resources": resources}) if s.name == "code" else s for s in job.sources]
     return job.model_copy(update={"sources": tuple(sources)})
 
@@ -34,8 +34,8 @@ def test_a_run_with_a_silo_of_two_ranks_equals_one_of_single_ones(tiny: Make) ->
 
     expected, expected_records = run(mixed(tiny, "here", 1), LocalPool())
     pool = RayPool()
-    state, records = run(mixed(tiny, "there", 2), pool)
-    assert pool.cards["code"].hardware.endswith("2 ranks")
+    state, records = run(mixed(tiny, "there", 2, shard="always"), pool)
+    assert pool.cards["code"].hardware.endswith("2 ranks, moments in 2 parts")
     assert [r["loss"] for r in records[:3]] == pytest.approx([r["loss"] for r in expected_records[:3]], rel=1e-5)
     assert {n: (s.position, s.tokens) for n, s in state.silos.items()} == {
         n: (s.position, s.tokens) for n, s in expected.silos.items()

@@ -58,10 +58,10 @@ def open_silo() -> Iterator[OpenSilo]:
         silo.close()
 
 
-def ranked(tiny: Callable[..., Job], ranks: int, method: str = "trim", **inner: Any) -> Job:
+def ranked(tiny: Callable[..., Job], ranks: int, method: str = "trim", shard: str = "auto", **inner: Any) -> Job:
     # The bias of keys has a gradient of rounding errors alone, which AdamW would scale up to steps of full size.
     settings = {"batch_size": 6, "optimizer_state": "keep", "eps": 1e-6, **inner}
-    return tiny(method, at=f"{method}-{ranks}", inner=settings, resources={"ranks": ranks})
+    return tiny(method, at=f"{method}-{ranks}", inner=settings, resources={"ranks": ranks, "shard": shard})
 
 
 def rounds_of(silo: Silo, job: Job, count: int = 2) -> list[Any]:
@@ -136,8 +136,8 @@ def test_a_rank_that_fails_says_why_and_the_next_order_succeeds(tiny, open_silo,
 
 
 def test_a_rank_that_is_killed_fails_the_silo_and_the_next_order_succeeds(tiny, open_silo):
-    """With processes that really die: while they train, and while they wait."""
-    job = ranked(tiny, 2, local_steps=6)
+    """With processes that really die: while they train, and while they wait. They have a part of the moments each."""
+    job = ranked(tiny, 2, shard="always", local_steps=6)
     silo = open_silo(job, start=start_processes)
     order, batches = first_order(job, silo), silo.stream.batches
 
