@@ -28,14 +28,14 @@ class Values:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a silo holds while it trains: an estimate, without the allocator's slack."""
+    """Bytes that a silo holds while it trains, or each of its ranks: an estimate, without the allocator's slack."""
 
     weights: int
     """fp32."""
     gradients: int
     """fp32."""
     moments: int
-    """Both of AdamW; of Muon's matrices one; fp32."""
+    """Both of AdamW; of Muon's matrices one; fp32. Of a rank its part, where `resources.shard` is "always"."""
     casts: int
     """The bf16 copy of the weights that autocast keeps; 0 in fp32."""
     activations: int
@@ -46,6 +46,10 @@ class Memory:
     """Of one chunk of rows, and the head's gradient on its way; see `plan.loss_bytes`."""
     loss_rows: int
     """Tokens in such a chunk."""
+    ranks: int = 1
+    """That the silo has, each on a GPU of its own or in a process of its own."""
+    parts: int = 1
+    """That its moments are cut into."""
 
     @property
     def total(self) -> int:

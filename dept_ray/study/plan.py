@@ -210,15 +210,18 @@ def _memory(job: Job, parameters: int, vocabulary_size: int) -> Memory:
     largest = next(d for d in range(most, 0, -1) if share % d == 0)
     micro_batch = inner.micro_batch or largest
     rows = loss_rows(job, micro_batch * inner.context, vocabulary_size)
+    parts = resources.processes if resources.shard == "always" else 1
     return Memory(
         weights=FP32_BYTES * parameters,
         gradients=FP32_BYTES * parameters,
-        moments=FP32_BYTES * (2 * parameters - (_matrices(job) if inner.optimizer == "muon" else 0)),
+        moments=FP32_BYTES * (2 * parameters - (_matrices(job) if inner.optimizer == "muon" else 0)) // parts,
         casts=2 * parameters if _value_bytes(job) == 2 else 0,
         activations=activation_bytes(job, micro_batch, inner.checkpoint_activations),
         activations_otherwise=activation_bytes(job, micro_batch, not inner.checkpoint_activations),
         loss=loss_bytes(rows, vocabulary_size, job.model.width),
         loss_rows=rows,
+        ranks=resources.processes,
+        parts=parts,
     )
 
 

@@ -99,10 +99,14 @@ def _memory_table(costs: Plan) -> Table:
     figures = (m.weights, m.gradients, m.moments, m.casts, m.activations, m.loss, m.total)
     table.add_row(silo.name, *(human(figure, "B") for figure in figures))
     verb = "without" if m.activations_otherwise > m.activations else "with"
-    table.caption = (
-        f"{verb} checkpoint_activations: {human(m.activations_otherwise, 'B')} of activations\n"
-        f"the loss holds logits of {m.loss_rows:,} tokens at once"
-    )
+    lines = [
+        f"{verb} checkpoint_activations: {human(m.activations_otherwise, 'B')} of activations",
+        f"the loss holds logits of {m.loss_rows:,} tokens at once",
+    ]
+    if m.ranks > 1:
+        moments = f"in {m.parts} parts" if m.parts > 1 else "whole (resources.shard)"
+        lines.append(f"on each of {m.ranks} ranks: moments {moments}")
+    table.caption = "\n".join(lines)
     return table
 
 

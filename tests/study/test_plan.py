@@ -271,6 +271,17 @@ def test_memory_by_hand():
     assert memory.total == sum(parts)
 
 
+def test_a_rank_with_a_part_of_the_moments_holds_the_less():
+    """Weights, gradients and activations are whole in each; the table says of whom it speaks."""
+    whole, parts = (plan(tiny(resources={"ranks": 2, "shard": shard})) for shard in ("never", "always"))
+    one, other = whole.silos[0].memory, parts.silos[0].memory
+    assert (other.weights, other.gradients, other.moments) == (one.weights, one.gradients, one.moments // 2)
+    assert one.total - other.total == one.moments // 2
+    assert "on each of 2 ranks: moments in 2 parts" in printed(parts)
+    assert "on each of 2 ranks: moments whole" in printed(whole)
+    assert "ranks" not in printed(plan(tiny()))
+
+
 def test_checkpointing_pays_from_two_blocks_on():
     job = tiny(model={"layers": 2})
     assert activation_bytes(job, 2, checkpointed=True) < activation_bytes(job, 2, checkpointed=False)
