@@ -371,7 +371,6 @@ class Silo:
         return not self.spec.share_body or self.job.inner.optimizer_state == "keep"
 
     def _new_optimizer(self) -> Optimizer:
-        self._body_grad.zero_()
         return make_optimizer(self.job, self.body, self.layout, self._body_grad, self.model.embedding)
 
     def _moments(self) -> dict[str, torch.Tensor]:
