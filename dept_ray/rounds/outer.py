@@ -12,7 +12,7 @@ Sums fold in silo-name order, so the result does not depend on who answered firs
 owns every row; there is no other code for it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,13 +22,8 @@ import torch
 from dept_ray.codec import Coded, decoded, encode
 from dept_ray.config import Job
 from dept_ray.messages import Delta, Held, SiloCard, SiloUpdate, fetched
+from dept_ray.rounds.fold import weighted_mean
 from dept_ray.rounds.state import Move, RunState
-
-_CHUNK = 1 << 15
-"""Values folded at a time: sum, product and momentum stay in cache, and torch leaves them to one thread (one value more
-and it would not). Threads that meet after each piece cost ten times the work where silos keep the cores busy."""
-_AT_ONCE = 8
-"""Deltas folded in one pass over the sum: more of them save little of its traffic, and cost memory."""
 
 
 def outer_step(job: Job, state: RunState, updates: Mapping[str, SiloUpdate], cards: Mapping[str, SiloCard]) -> RunState:
@@ -123,50 +118,6 @@ def weights_of(job: Job, updates: Mapping[str, SiloUpdate]) -> dict[str, float]:
     return {name: w / total for name, w in raw.items()}
 
 
-Use = Callable[[slice, np.ndarray], None]
-"""What becomes of a piece of the mean, in its place, while it is in cache."""
-
-
-def _leave(here: slice, piece: np.ndarray) -> None:
-    """Nothing."""
-
-
-def weighted_mean(deltas: Mapping[str, Delta | Held], weights: Mapping[str, float], use: Use = _leave) -> np.ndarray:
-    """sum_k w_k d_k over flat vectors of one length, folded in silo-name order: (n,) fp32, or what `use` made of it.
-
-    >>> weighted_mean({"b": np.float32([4, 0]), "a": np.float32([0, 8])}, {"a": 0.25, "b": 0.75}).tolist()
-    [3.0, 2.0]
-    """
-    total, names = None, sorted(deltas)
-    assert names, "a round that nobody answered does not count"
-    for first in range(0, len(names), _AT_ONCE):
-        last = first + _AT_ONCE >= len(names)
-        some = names[first : first + _AT_ONCE]
-        total = _folded(total, [(fetched(deltas[k]), np.float32(weights[k])) for k in some], use if last else _leave)
-    assert total is not None
-    return total
-
-
-def _folded(total: np.ndarray | None, weighted: Sequence[tuple[Delta, np.float32]], use: Use) -> np.ndarray:
-    """The sum with some more, in place."""
-    begun, total = total is not None, np.empty(weighted[0][0].shape, np.float32) if total is None else total
-    buffer = np.empty(_CHUNK, np.float32)
-    for here in _pieces(len(total)):
-        piece = total[here]
-        for number, (delta, weight) in enumerate(weighted):
-            part = delta.piece(here.start, here.stop) if isinstance(delta, Coded) else delta[here]
-            if number or begun:
-                piece += np.multiply(part, weight, out=buffer[: len(piece)])
-            else:
-                np.multiply(part, weight, out=piece)
-        use(here, piece)
-    return total
-
-
-def _pieces(length: int) -> Iterator[slice]:
-    return (slice(start, start + _CHUNK) for start in range(0, length, _CHUNK))
-
-
 def mean_over_owners(
     deltas: Mapping[str, Delta | Held],
     owners: Mapping[str, np.ndarray | slice],
@@ -221,9 +172,9 @@ def body_step(
     Returns:
         New theta and m.
     """
-    new_m, buffer = None if mu == 0 else torch.empty_like(theta), torch.empty(_CHUNK)
+    new_m = None if mu == 0 else torch.empty_like(theta)
 
-    def step(here: slice, piece: np.ndarray) -> None:
+    def step(here: slice, piece: np.ndarray, room: np.ndarray) -> None:
         g = torch.from_numpy(piece)
         torch.neg(g, out=g)
         move = g
@@ -233,7 +184,7 @@ def body_step(
                 momentum.copy_(g)
             else:
                 torch.mul(m[here], mu, out=momentum).add_(g)
-            move = torch.add(g, momentum, alpha=mu, out=buffer[: len(g)])
+            move = torch.add(g, momentum, alpha=mu, out=torch.from_numpy(room))
         torch.add(theta[here], move, alpha=-eta, out=g)
 
     after = torch.from_numpy(weighted_mean(deltas, weights, step))
