@@ -121,17 +121,20 @@ class RayPool:
     def _ask(self, order: RoundOrder, stored: Mapping[int, Any]) -> _Call:
         body, rows = stored.get(id(order.body)), stored.get(id(order.rows))
         asked_at, silo = time.monotonic(), self.places.actors[order.silo]
-        self._end_ahead(order.silo)
+        self._end_ahead(order.silo, body, rows)
         refs = silo.obey.remote(order.without_arrays(), body, rows)
         if self.job.inner.ahead_steps and order.steps:
             silo.go_ahead.remote()
             self._obeyed[order.silo] = order.without_arrays()
         return _Call(list(refs), list(refs), asked_at)
 
-    def _end_ahead(self, name: str) -> None:
-        """What it has made by now counts if its next order is the one it expects, and is made anew if it is not."""
+    def _end_ahead(self, name: str, *until: Any) -> None:
+        """Its steps ahead end when it has what they wait for, on its own node: by then the line is the slow part.
+
+        What it has made counts if its next order is the one it expects, and is made anew if it is not.
+        """
         if (order := self._obeyed.pop(name, None)) is not None and name in self.places.actors:
-            self.places.actors[name].stop.remote(order.round, order.attempt)
+            self.places.actors[name].stop.remote(order.round, order.attempt, *until)
 
     def _collect(self, name: str, refs: list[Any]) -> SiloUpdate | Exception:
         """One answer, or why there is none; who died is made anew while the others go on."""

@@ -12,7 +12,7 @@ Sums fold in silo-name order, so the result does not depend on who answered firs
 owns every row; there is no other code for it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,13 +22,8 @@ import torch
 from dept_ray.codec import Coded, decoded, encode
 from dept_ray.config import Job
 from dept_ray.messages import Delta, Held, SiloCard, SiloUpdate, fetched
+from dept_ray.rounds.fold import weighted_mean
 from dept_ray.rounds.state import Move, RunState
-
-_CHUNK = 1 << 14
-"""Values folded at a time: sum, product and momentum stay in cache, and torch leaves them to one thread. Threads that
-meet after each piece cost ten times the work where silos keep the cores busy."""
-_AT_ONCE = 8
-"""Deltas folded in one pass over the sum: more of them save little of its traffic, and cost memory."""
 
 
 def outer_step(job: Job, state: RunState, updates: Mapping[str, SiloUpdate], cards: Mapping[str, SiloCard]) -> RunState:
@@ -46,8 +41,9 @@ def outer_step(job: Job, state: RunState, updates: Mapping[str, SiloUpdate], car
     outer, changed, move = job.outer, dict[str, Any](), dict[str, Coded]()
     if state.body is not None:
         deltas = {k: u.body for k, u in updates.items() if u.body is not None}
-        mean = weighted_mean(deltas, weights)
-        theta, changed["body_momentum"] = _nesterov_onto(mean, state.body, state.body_momentum, outer.eta, outer.mu)
+        theta, changed["body_momentum"] = body_step(
+            deltas, weights, state.body, state.body_momentum, outer.eta, outer.mu
+        )
         if job.wire.codec != "fp32":
             theta, changed["body_residual"], move["body"] = as_sent(
                 job.wire.codec, state.body, theta, state.body_residual
@@ -122,34 +118,6 @@ def weights_of(job: Job, updates: Mapping[str, SiloUpdate]) -> dict[str, float]:
     return {name: w / total for name, w in raw.items()}
 
 
-def weighted_mean(deltas: Mapping[str, Delta | Held], weights: Mapping[str, float]) -> np.ndarray:
-    """sum_k w_k d_k over flat vectors of one length, folded in silo-name order: (n,) fp32.
-
-    >>> weighted_mean({"b": np.float32([4, 0]), "a": np.float32([0, 8])}, {"a": 0.25, "b": 0.75}).tolist()
-    [3.0, 2.0]
-    """
-    total, names = None, sorted(deltas)
-    for first in range(0, len(names), _AT_ONCE):
-        some = names[first : first + _AT_ONCE]
-        total = _folded(total, [(fetched(deltas[name]), np.float32(weights[name])) for name in some])
-    assert total is not None, "a round that nobody answered does not count"
-    return total
-
-
-def _folded(total: np.ndarray | None, weighted: Sequence[tuple[Delta, np.float32]]) -> np.ndarray:
-    """The sum with some more, in place."""
-    total = np.zeros(weighted[0][0].shape, np.float32) if total is None else total
-    for here in _pieces(len(total)):
-        for delta, weight in weighted:
-            piece = delta.piece(here.start, here.stop) if isinstance(delta, Coded) else delta[here]
-            total[here] += piece * weight
-    return total
-
-
-def _pieces(length: int) -> Iterator[slice]:
-    return (slice(start, start + _CHUNK) for start in range(0, length, _CHUNK))
-
-
 def mean_over_owners(
     deltas: Mapping[str, Delta | Held],
     owners: Mapping[str, np.ndarray | slice],
@@ -190,16 +158,36 @@ def nesterov(
     return theta.add(g.add(m, alpha=mu), alpha=-eta), m
 
 
-def _nesterov_onto(
-    mean: np.ndarray, theta: torch.Tensor, m: torch.Tensor | None, eta: float, mu: float
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Equation (2) with g = -mean, piece by piece, the new theta in the mean's own memory: one pass."""
-    after, new_m = torch.from_numpy(mean), None if mu == 0 else torch.empty_like(theta)
-    for here in _pieces(len(mean)):
-        moved, moved_m = nesterov(theta[here], after[here].neg(), None if m is None else m[here], eta, mu)
-        after[here] = moved
-        if new_m is not None and moved_m is not None:
-            new_m[here] = moved_m
+def body_step(
+    deltas: Mapping[str, Delta | Held], weights: Mapping[str, float], theta: torch.Tensor, m: torch.Tensor | None,
+    eta: float, mu: float,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """Equations (1), (2) and (4) on the body in one pass over memory: `nesterov`, to the bit, with g = -mean.
+
+    Args:
+        deltas: (n,) by silo.
+        weights: w_k.
+        theta, m: the body (n,), and its momentum where there is some.
+
+    Returns:
+        New theta and m.
+    """
+    new_m = None if mu == 0 else torch.empty_like(theta)
+
+    def step(here: slice, piece: np.ndarray, room: np.ndarray) -> None:
+        g = torch.from_numpy(piece)
+        torch.neg(g, out=g)
+        move = g
+        if new_m is not None:
+            momentum = new_m[here]
+            if m is None:
+                momentum.copy_(g)
+            else:
+                torch.mul(m[here], mu, out=momentum).add_(g)
+            move = torch.add(g, momentum, alpha=mu, out=torch.from_numpy(room))
+        torch.add(theta[here], move, alpha=-eta, out=g)
+
+    after = torch.from_numpy(weighted_mean(deltas, weights, step))
     return after, m if mu == 0 else new_m
 
 

@@ -138,7 +138,7 @@ def train_steps(
         made: what was trained of the round before; a round in pieces has the bits of one that was trained at once.
 
     Returns:
-        How far the round came; gradients are left at zero.
+        How far the round came; gradients are left as the last step had them.
     """
     inner = job.inner
     losses = torch.zeros(max(schedule.steps, 1), device=hardware.device)
@@ -147,10 +147,10 @@ def train_steps(
     tokens_per_step = inner.batch_size * inner.context
     norms = Norms(inner.norms_every if team.rank == 0 else 0, schedule.first_step)
     model.train()
-    optimizer.zero_grad()  # a round that broke off in the middle of a step left its own there
     for batch in batches:
         if done and should_stop():  # who is asked to hand in what it has should have something
             break
+        optimizer.zero_grad()
         for group in optimizer.groups:
             group.lr = schedule.rate(group.name, done)
         ids = torch.from_numpy(team.rows(batch).astype(np.int64))
@@ -167,7 +167,6 @@ def train_steps(
         clip_gradients(team, optimizer.groups, inner.clip)
         optimizer.step()
         share_parameters(team, optimizer.groups)
-        optimizer.zero_grad()
         done += 1
         now = time.perf_counter()
         if now - watched > _WATCH_EVERY_S:

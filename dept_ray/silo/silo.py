@@ -376,7 +376,6 @@ class Silo:
         return not self.spec.share_body or self.job.inner.optimizer_state == "keep"
 
     def _new_optimizer(self, rank: int = 0) -> Optimizer:
-        self._body_grad.zero_()
         optimizer = make_optimizer(self.job, self.body, self.layout, self._body_grad, self.model.embedding)
         divide(optimizer.groups, rank, self.hardware.parts)
         return optimizer

@@ -3,8 +3,8 @@
 Each step of a silo lasts a given time, most of which it sleeps, as if a device of its own computed: what is measured is
 what the line costs, not how many cores this machine has, or who else uses them. Head and coordinator are at the near
 end, all silos on one node at the far end, so that the line is shared by them. One run waits for its orders, the next
-makes steps ahead of them, and so on in turns; each prints, as JSON, which share of its time a silo computed, between
-the first and the last but one time that all answers had arrived.
+makes steps ahead of them, a third sends int8 and makes fewer of those, and so on in turns; each prints, as JSON, which
+share of its time a silo computed, between the first and the last but one time that all answers had arrived.
 """
 
 import argparse
@@ -103,27 +103,27 @@ def run(job: Job, pace_s: float) -> dict[str, Any]:
 def main(asked: argparse.Namespace) -> None:
     from dept_ray.on_ray.cluster import connect
 
-    def job(ahead: int) -> Job:
+    def job(ahead: int, codec: str = "fp32") -> Job:
         return job_of(
             SIZES[asked.size], asked.folder, f"overlap-{uuid.uuid4().hex[:8]}", asked.silos, asked.steps,
             inner={"ahead_steps": ahead, "compile": "never", "threads": 1, "batch_size": 1, "context": 32},
-            rounds={"total": asked.rounds, "score_every": 0}, resources={"labels": PLACE},
+            rounds={"total": asked.rounds, "score_every": 0}, resources={"labels": PLACE}, wire={"codec": codec},
         )  # fmt: skip
 
     prepare(job(0), local=True)
     with slow_line(asked.bits_per_s, asked.round_trip_s) as line, cluster(line) as address:
         connect(address)
         for _ in range(asked.repeats):
-            for ahead in (0, asked.ahead):
-                print(json.dumps(run(job(ahead), asked.pace_s)), flush=True)
+            for ahead, codec in ((0, "fp32"), (asked.ahead, "fp32"), (asked.ahead_int8, "int8")):
+                print(json.dumps({"codec": codec, **run(job(ahead, codec), asked.pace_s)}), flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--size", required=True)
     for name, kind in (
-        ("folder", Path), ("silos", int), ("steps", int), ("ahead", int), ("rounds", int), ("pace-s", float),
-        ("repeats", int), ("bits-per-s", float), ("round-trip-s", float),
+        ("folder", Path), ("silos", int), ("steps", int), ("ahead", int), ("ahead-int8", int), ("rounds", int),
+        ("pace-s", float), ("repeats", int), ("bits-per-s", float), ("round-trip-s", float),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind, required=True)
     main(parser.parse_args())

@@ -14,8 +14,8 @@ from dept_ray.codec import decoded, encode
 from dept_ray.config import Job
 from dept_ray.jobfile import parse_job
 from dept_ray.messages import Held
-from dept_ray.rounds import outer
-from dept_ray.rounds.outer import outer_step, weights_of
+from dept_ray.rounds import fold
+from dept_ray.rounds.outer import body_step, nesterov, outer_step, weights_of
 from dept_ray.rounds.state import RunState, SiloRecord
 
 SILOS = ("a", "b", "c")
@@ -115,16 +115,24 @@ def test_a_source_s_weight_multiplies_its_tokens():
     assert weights_of(job_of({"a": 3.0, "c": 4.0}), answers) == {"a": 300 / 800, "b": 300 / 800, "c": 200 / 800}
 
 
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("codec", ["fp32", "int4"])
-def test_a_vector_longer_than_what_is_folded_at_a_time_arrives_whole(codec):
-    draw, size = np.random.default_rng(0), 2 * outer._CHUNK + 7
-    vectors = {name: draw.standard_normal(size).astype(np.float32) for name in "cab"}
+def test_a_body_longer_than_what_is_folded_at_a_time_makes_the_whole_step(codec, threads, monkeypatch):
+    monkeypatch.setattr(fold, "PIECE", 64)
+    monkeypatch.setattr(fold, "_THREADS", threads)
+    draw, size = np.random.default_rng(0), 40 * 64 + 7
+    vectors = {name: draw.standard_normal(size).astype(np.float32) for name in "cabdefghij"}
     deltas = {name: v if codec == "fp32" else encode(v, codec)[0] for name, v in vectors.items()}
-    weights = {"a": 0.5, "b": 0.3, "c": 0.2}
+    weights = {name: 1 / (number + 2) for number, name in enumerate(vectors)}
     expected = np.zeros(size, np.float32)
     for name in sorted(deltas):
         expected += decoded(deltas[name]) * np.float32(weights[name])
-    np.testing.assert_array_equal(outer.weighted_mean(deltas, weights), expected)
+    np.testing.assert_array_equal(fold.weighted_mean(deltas, weights), expected)
+    theta, m = torch.randn(size), torch.randn(size)
+    for momentum in (m, None):
+        step = body_step(deltas, weights, theta, momentum, eta=0.7, mu=0.9)
+        for made, whole in zip(step, nesterov(theta, -torch.from_numpy(expected), momentum, 0.7, 0.9), strict=True):
+            assert torch.equal(made, whole)
 
 
 def test_of_a_thousand_silos_eight_deltas_are_in_memory():

@@ -235,7 +235,10 @@ def test_a_stopped_round_counts_what_was_done_and_makes_one_step_at_least():
     assert torch.equal(bench.body, twin.body)
 
 
-def test_gradients_are_left_at_zero():
-    bench = Bench(job_of())
-    bench.train(some_batches(2))
-    assert all(not parameter.grad.any() for parameter in bench.model.parameters() if parameter.grad is not None)
+def test_what_a_broken_step_left_in_the_gradients_counts_for_nothing():
+    clean, dirty = Bench(job_of()), Bench(job_of())
+    for parameter in dirty.model.parameters():
+        parameter.grad = torch.ones_like(parameter) if parameter.grad is None else parameter.grad.fill_(1)
+    assert clean.train(some_batches(2)).losses == dirty.train(some_batches(2)).losses
+    values = dirty.values()
+    assert all(torch.equal(value, values[name]) for name, value in clean.values().items())
