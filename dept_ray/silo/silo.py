@@ -22,18 +22,17 @@ from dept_ray.silo.ahead import Ahead, expected_order, rebased
 from dept_ray.silo.crew import Ranks, Start, start_processes
 from dept_ray.silo.donors import first_tables
 from dept_ray.silo.flops import flops_per_token
-from dept_ray.silo.fresh import drawn_embedding, fresh_body, fresh_shared
+from dept_ray.silo.fresh import fresh_shared
 from dept_ray.silo.hardware import choose_hardware, choose_parts
-from dept_ray.silo.inner import NOTHING, Schedule, Trained, make_optimizer, train_steps
+from dept_ray.silo.inner import NOTHING, Schedule, Trained, train_steps
+from dept_ray.silo.learner import Learner
 from dept_ray.silo.micro_batch import find_micro_batch
-from dept_ray.silo.model import Body, Embedding, LanguageModel, flatten_parameters, layout_of, num_parameters
-from dept_ray.silo.optimizer import Optimizer
-from dept_ray.silo.parts import divide, gather_moments, spread
+from dept_ray.silo.model import num_parameters
+from dept_ray.silo.parts import gather_moments, spread
 from dept_ray.silo.reading import open_stream
 from dept_ray.silo.score import score_corpus, score_text
 from dept_ray.silo.snapshot import load_snapshot, prune_snapshots, save_snapshot, silo_folder, snapshot_name
 from dept_ray.silo.team import ALONE, Team
-from dept_ray.silo.vectors import Vectors
 from dept_ray.silo.wire import Shared, Wire, norm_of
 from dept_ray.text.prepare import corpus_folder, tokenizer_kind
 from dept_ray.text.shards import Corpus, open_corpus
@@ -85,18 +84,11 @@ class Silo:
         parameters = num_parameters(job.model, job.positions, self.vocabulary.size).total
         self.hardware = choose_parts(self.hardware, job, spec.shard, parameters)
         self.stream = open_stream(job, spec, self.corpora, read)
-        self.layout = layout_of(job.model)  # pyright: ignore[reportArgumentType] - a frozen section has a hash
-        body = Body(job.model)
-        body.recompute = job.inner.checkpoint_activations
-        self.model = LanguageModel(body, Embedding(self.vocabulary.size, job.model, job.positions)).to(
-            self.hardware.device
-        )
-        self.body, self._body_grad = flatten_parameters(self.model.body, self.layout)
-        self._vectors = Vectors(spec.silo, self.model, self.body)
+        self._learner = learner = Learner(job, spec, self.hardware, self.vocabulary.size)
+        self.model, self.body, self.layout = learner.model, learner.body, learner.layout
         self._loss_of = torch.compile(self.model.loss) if self.hardware.compile else self.model.loss
-        self._optimizer = self._new_optimizer()
         if spec.gpu and job.inner.micro_batch is None:
-            found = find_micro_batch(self.model, self._optimizer.tensors, job, self.hardware, spec.gpu_part)
+            found = find_micro_batch(self.model, learner.optimizer.tensors, job, self.hardware, spec.gpu_part)
             self.hardware = replace(self.hardware, micro_batch=found)
         self._after: str | None = NOWHERE
         self._left: Shared = {}
@@ -156,7 +148,7 @@ class Silo:
                 ahead = None
                 self._restore(order)
             shared = self._wire.receive(order)
-            self._vectors.take(shared)
+            self._learner.vectors.take(shared)
             if order.steps:
                 self._ranks.assemble()
         scores: dict[str, Score] = {}
@@ -176,7 +168,7 @@ class Silo:
         position = self.stream.advance(order.position, trained.steps)
         self._say("saving", order)
         with self._timed("code", seconds):
-            deltas = {what: self._vectors.read(what) - vector for what, vector in shared.items()}  # equation 1
+            deltas = {what: self._learner.vectors.read(what) - vector for what, vector in shared.items()}  # equation 1
             norm = norm_of(deltas["body"]) if "body" in deltas else 0.0
             sent = self._wire.send(order.codec, deltas)
         with self._timed("save", seconds):
@@ -200,11 +192,11 @@ class Silo:
         self._say("going ahead", order)
         self._restore(order)
         self._after = NOWHERE
-        home = self._vectors.copies({"body", "rows"} - self._left.keys())
-        self._vectors.take(self._left)
+        home = self._learner.vectors.copies({"body", "rows"} - self._left.keys())
+        self._learner.vectors.take(self._left)
         trained = self._steps(order, ALONE, islice(self._batches(order), order.ahead))
-        reached = self._vectors.copies(("body", "rows"))
-        self._vectors.take(home)  # which is scored, if the order asks for it
+        reached = self._learner.vectors.copies(("body", "rows"))
+        self._learner.vectors.take(home)  # which is scored, if the order asks for it
         self._ahead = Ahead(order, trained, reached, self._clock() - began)
         self._say("waiting", order)
 
@@ -229,8 +221,8 @@ class Silo:
             SiloError: another rank is gone.
         """
         torch.set_num_threads(self.spec.threads)
-        self._optimizer = self._new_optimizer(team.rank)
-        self._load_moments({name: torch.empty(tuple(shape), device="meta") for name, shape in moments.items()})
+        shapes = {name: torch.empty(tuple(shape), device="meta") for name, shape in moments.items()}
+        self._learner.begin_moments(shapes, team.rank)
         self._steps(order, team, self._batches(order))
 
     def close(self) -> None:
@@ -257,14 +249,14 @@ class Silo:
         """The steps of an order, those first that go ahead of it, but for what was made of them already."""
         self._say("training", order)
         if self.spec.reset_embedding and order.round > 0:
-            self._draw_tokens(order.round)
+            self._learner.draw_tokens(order.round)
         made = NOTHING if ahead is None else ahead.trained
         batches = self._batches(order, made.steps)
-        with self._ranks.following(order, self._moments()) as team:
+        with self._ranks.following(order, self._learner.moments) as team:
             if order.ahead:
-                self._vectors.take(self._left if ahead is None else ahead.reached)
+                self._learner.vectors.take(self._left if ahead is None else ahead.reached)
                 made = self._steps(order, team, islice(batches, order.ahead - made.steps), made)
-                self._vectors.take(rebased(shared, self._left, self._vectors.copies(shared)))
+                self._learner.vectors.take(rebased(shared, self._left, self._learner.vectors.copies(shared)))
             return self._steps(order, team, batches, made)
 
     def _batches(self, order: RoundOrder, made: int = 0) -> Iterator[np.ndarray]:
@@ -275,11 +267,11 @@ class Silo:
 
     def _steps(self, order: RoundOrder, team: Team, batches: Iterable[np.ndarray], made: Trained = NOTHING) -> Trained:
         """Steps of an order on some of its batches, as one of its ranks."""
-        spread(team, self._optimizer, self.hardware.device)
+        spread(team, self._learner.optimizer, self.hardware.device)
         trained = train_steps(
             self.model,
             self._loss_of,
-            self._optimizer,
+            self._learner.optimizer,
             batches,
             job=self.job,
             hardware=self.hardware,
@@ -300,26 +292,20 @@ class Silo:
             team=team,
             made=made,
         )
-        team.check_equal(self._optimizer.tensors)
-        if self._keeps_moments:
-            gather_moments(team, self._optimizer)
+        team.check_equal(self._learner.optimizer.tensors)
+        if self._learner.keeps_moments:
+            gather_moments(team, self._learner.optimizer)
         return trained
 
     def _restore(self, order: RoundOrder) -> None:
         """Make memory equal to the snapshot that an order names (None: to a fresh silo), unless it is already."""
         if (after := order.after) == self._after and after != NOWHERE:
-            if not self._keeps_moments:
-                self._optimizer = self._new_optimizer()
+            if not self._learner.keeps_moments:
+                self._learner.begin_moments({})
             return
         self._after = NOWHERE  # until all of it is read
-        self._optimizer = self._new_optimizer()
         parts = {} if after is None else load_snapshot(silo_folder(self.job, self.spec.silo) / after)[0]
-        if not self.spec.share_rows:
-            tables = parts.get("embedding") or first_tables(self.job, self.spec, self.corpora, self.vocabulary, order)
-            self.model.embedding.load_state_dict(tables)
-        if not self.spec.share_body:
-            self.body.copy_(parts["body"]["flat"] if "body" in parts else fresh_body(self.job))
-        self._load_moments(parts.get("optimizer", {}))
+        self._learner.load(parts, lambda: first_tables(self.job, self.spec, self.corpora, self.vocabulary, order))
         self._wire.load(parts.get("residual", {}))
         self._left = {what: tensor.numpy() for what, tensor in parts.get("left", {}).items()}
         self._after = after
@@ -327,17 +313,11 @@ class Silo:
     def _save(self, order: RoundOrder, position: Position, shared: Collection[str]) -> str:
         """Write what stays home and, where it is needed, what is `shared` as it stands here."""
         name = snapshot_name(order.round, order.life, order.attempt)
-        parts: dict[str, Mapping[str, torch.Tensor]] = {}
-        if not self.spec.share_rows:
-            parts["embedding"] = self.model.embedding.state_dict()
-        if not self.spec.share_body:
-            parts["body"] = {"flat": self.body}
-        if self._keeps_moments:
-            parts["optimizer"] = self._moments()
+        parts = self._learner.parts()
         if residual := self._wire.parts():
             parts["residual"] = residual
         if shared and self.job.inner.ahead_steps:
-            self._left = self._vectors.copies(shared)
+            self._left = self._learner.vectors.copies(shared)
             parts["left"] = {what: torch.from_numpy(vector) for what, vector in self._left.items()}
         folder = silo_folder(self.job, self.spec.silo)
         about = {
@@ -362,31 +342,6 @@ class Silo:
             flops=trained.tokens * flops_per_token(self.job.model, self.job.inner.context, self.vocabulary.size),
             peak_flops=self.hardware.peak_flops, norms=trained.norms,
         )  # fmt: skip
-
-    # ------------------------------------------------------------------------------------ embedding and moments
-    def _draw_tokens(self, round: int) -> None:
-        """Re-draw the token embedding and forget its moments (ACT)."""
-        drawn = drawn_embedding(self.job, self.vocabulary.size, self.spec.silo, round)
-        with torch.no_grad():
-            self.model.embedding.tokens.copy_(drawn.tokens)
-        self._optimizer.moments.pop("tokens", None)
-
-    @property
-    def _keeps_moments(self) -> bool:
-        return not self.spec.share_body or self.job.inner.optimizer_state == "keep"
-
-    def _new_optimizer(self, rank: int = 0) -> Optimizer:
-        optimizer = make_optimizer(self.job, self.body, self.layout, self._body_grad, self.model.embedding)
-        divide(optimizer.groups, rank, self.hardware.parts)
-        return optimizer
-
-    def _moments(self) -> dict[str, torch.Tensor]:
-        return {f"{group}.{key}": v for group, kept in self._optimizer.moments.items() for key, v in kept.items()}
-
-    def _load_moments(self, tensors: dict[str, torch.Tensor]) -> None:
-        for name, tensor in tensors.items():
-            group, key = name.split(".")
-            self._optimizer.moments.setdefault(group, {})[key] = tensor
 
     # ------------------------------------------------------------------------------------ the rest
     def _say(self, doing: str, order: RoundOrder, **more: float) -> None:

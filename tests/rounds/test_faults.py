@@ -364,7 +364,7 @@ def test_a_newcomer_stands_where_a_veteran_stands(prepared, tmp_path, method):
     for record in records[:2]:
         assert NEWCOMER not in record["silos"]
     assert state.silos[NEWCOMER].rounds == 2
-    rates = [[group.lr for group in pool.silos[name]._optimizer.groups] for name in (NEWCOMER, "latin")]
+    rates = [[group.lr for group in pool.silos[name]._learner.optimizer.groups] for name in (NEWCOMER, "latin")]
     assert rates[0] == rates[1]
 
 

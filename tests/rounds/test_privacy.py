@@ -47,7 +47,7 @@ class Tapped(LocalPool):
         answers = super().run_round(orders, deadline, meanwhile)
         self.messages += [*orders.values(), *answers.values(), *self.statuses().values(), *self.cards.values()]
         for name, silo in self.silos.items():
-            self.rows.setdefault(name, []).append(silo._vectors.read("rows"))
+            self.rows.setdefault(name, []).append(silo._learner.vectors.read("rows"))
         return answers
 
 

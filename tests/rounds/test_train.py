@@ -371,7 +371,7 @@ def test_a_silo_that_skipped_rounds_takes_the_rate_of_the_global_step(tiny):
     for name, order in last.items():
         expected = cosine(order.first_step + 3, steps=24, warmup=2, peak=1e-2, floor=0.1)
         silo = pool.silos[name]
-        assert [group.lr for group in silo._optimizer.groups] == [expected] * 4
+        assert [group.lr for group in silo._learner.optimizer.groups] == [expected] * 4
     assert [record["step"] for record in records[:-1]] == [4, 8, 12, 16, 20, 24]
 
 

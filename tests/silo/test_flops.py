@@ -63,7 +63,7 @@ def test_trying_leaves_no_gradient_and_keeps_room_for_the_moments(tiny, monkeypa
     """A GPU's own figures stand in for a GPU: 1000 bytes, and 100 a sequence."""
     job = tiny("spec", inner={"batch_size": 64})
     with closing(Silo(job, specs_of(job)["code"])) as silo:
-        tensors, seen = silo._optimizer.tensors, iter([1100, 1200, 1400, 1800, 2600])
+        tensors, seen = silo._learner.optimizer.tensors, iter([1100, 1200, 1400, 1800, 2600])
         moments = 2 * sum(tensor.nbytes for tensor in tensors)
         for name, answer in {
             "reset_peak_memory_stats": lambda: None, "empty_cache": lambda: None, "memory_reserved": lambda: 0,

@@ -111,7 +111,7 @@ def test_each_rank_holds_its_part_of_the_moments_and_no_more(tiny, open_silo, mo
     job = ranked(tiny, 3, shard="always")
     silo = open_silo(job)
     rounds_of(silo, job)  # the second begins with the moments of the first
-    sizes = {group.name: group.tensor.numel() for group in silo._optimizer.groups}
+    sizes = {group.name: group.tensor.numel() for group in silo._learner.optimizer.groups}
     assert sorted(held) == [0, 1, 2]
     for rank, moments in held.items():
         assert len(moments) == 2 * len(sizes)
