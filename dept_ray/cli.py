@@ -2,8 +2,6 @@
 
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,7 +14,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dept_ray.config import Job
-    from dept_ray.preparing import Report
 
 method_option = click.option("--method", type=click.Choice(METHOD_NAMES), help="Instead of the job's own.")
 folder_option = click.option("--folder", help="Holds data/, runs/ and silos/, instead of the job's own.")
@@ -74,10 +71,11 @@ def demo(method: str | None, folder: str, local: bool) -> None:
 def prepare(job_file: str, address: str | None, local: bool, method: str | None, folder: str | None) -> None:
     """Read, clean, tokenise and pack the text of JOB_FILE; what is there already is kept."""
     from dept_ray.preparing import prepare as prepare_text
+    from dept_ray.stages import shown_on
 
     console = _console()
     job = _load(job_file, method, folder)
-    with _preparing(console) as report:
+    with shown_on(console) as report:
         prepare_text(job, address, report, local)
     where = "will be prepared by their regions" if job.regions.mailbox else "are prepared"
     console.print(f"{job.name}: {len(job.sources)} sources {where}")
@@ -171,7 +169,7 @@ def status(run: str, address: str | None, watch: bool) -> None:
 @main.command()
 @click.argument("run")
 @click.option("--text", type=click.Path(exists=True, dir_okay=False), help="This file instead of the validation text.")
-@click.option("--source", help="Whose tokenizer and embedding the text is scored with (default: the likest one's).")
+@click.option("--source", help="Only this one; of a --text: whose embedding it is scored with (default: the likest).")
 def score(run: str, text: str | None, source: str | None) -> None:
     """Validation of RUN's last committed round, per source; or what its model makes of a text."""
     from dept_ray.client import Run
@@ -179,9 +177,7 @@ def score(run: str, text: str | None, source: str | None) -> None:
 
     handle = Run.open(run)
     if text is None:
-        if source is not None:
-            raise click.UsageError("--source says how a --text is scored; without one, all sources are")
-        record = handle.score()
+        record = handle.score(source)
         _console().print(score_table(record, f"{handle.job.name} after {record['round']} rounds"))
         return
     words = _read(text)
@@ -310,6 +306,7 @@ def _train_here(job: "Job", console: "Console") -> list[dict[str, Any]]:
     from dept_ray.metrics import read_records
     from dept_ray.rounds.control import Control
     from dept_ray.rounds.folder import run_folder
+    from dept_ray.stages import shown_on
 
     control = Control()
 
@@ -319,7 +316,7 @@ def _train_here(job: "Job", console: "Console") -> list[dict[str, Any]]:
         console.print("stopping after this round is committed; Ctrl-C again stops at once")
         control.stop()
 
-    with _preparing(console) as report:
+    with shown_on(console) as report:
         before = signal.signal(signal.SIGINT, stop)
         try:
             train_here(job, lambda record: console.print(round_line(record), highlight=False), report, control)
@@ -332,8 +329,7 @@ def _train(job: "Job", address: str | None, console: "Console", detach: bool = F
     """On Ray; Ctrl-C once stops after the round's commit, twice at once."""
     from dept_ray.client import Run
 
-    with _preparing(console) as report:
-        run = Run.start(job, address, detach, report)
+    run = Run.start(job, address, detach, console)
     try:
         return run.follow(console)
     except KeyboardInterrupt:
@@ -348,32 +344,3 @@ def _train(job: "Job", address: str | None, console: "Console", detach: bool = F
         run.kill()
         console.print("\nstopped; the last committed round stands, and the same command goes on from it")
         sys.exit(130)
-
-
-@contextmanager
-def _preparing(console: "Console") -> "Iterator[Report]":
-    """Shows the stages of preparation: bars on a terminal, else a line per stage."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    words = {
-        "clean": "reading and cleaning text",
-        "learn": "learning tokenizers",
-        "pack": "tokenising",
-        "index": "indexing",
-    }
-    bars: dict[str, Any] = {}
-    columns = TextColumn("{task.description:<26}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=False, disable=not console.is_terminal) as progress:
-
-        def report(stage: str, done: int, of: int) -> None:
-            if not console.is_terminal:
-                if done == of:
-                    console.print(f"{words[stage]}: {of} of {of}", highlight=False)
-                return
-            if stage not in bars:
-                bars[stage] = progress.add_task(words[stage], total=of)
-            progress.update(bars[stage], completed=done)
-            if done == of:
-                progress.stop_task(bars[stage])
-
-        yield report

@@ -16,7 +16,7 @@ from dept_ray.config import Job
 from dept_ray.errors import ConfigError, RunError, StoreError
 from dept_ray.messages import Change, RunStatus
 from dept_ray.metrics import Record, read_records
-from dept_ray.preparing import Report, begun, prepare, silent
+from dept_ray.preparing import begun, prepare
 
 if TYPE_CHECKING:
     import pandas
@@ -40,26 +40,31 @@ class Run:
 
     # ------------------------------------------------------------------------------------------ getting one
     @classmethod
-    def start(cls, job: Job, address: str | None = None, detach: bool = False, report: Report = silent) -> "Run":
+    def start(
+        cls, job: Job, address: str | None = None, detach: bool = False, console: "Console | None" = None
+    ) -> "Run":  # fmt: skip
         """Begin a run on Ray, or go on with the one in its folder; prepares the text first where that is due.
 
         Args:
             job: what to run.
             address: of a cluster; None: RAY_ADDRESS, else a local Ray of this process.
             detach: leave the run to the cluster when this process ends.
-            report: called with (stage, done, of) while text is prepared.
+            console: to show on how far text is prepared; None: standard output.
 
         Raises:
             ClusterError: no cluster there, or it can never hold the silos.
             DataError: the text cannot be prepared.
             WrongRunError: the run folder belongs to another job.
         """
+        from rich.console import Console
+
         from dept_ray.on_ray.cluster import check_lasting, connect
         from dept_ray.on_ray.launch import Coordinator
         from dept_ray.rounds.folder import in_progress, run_folder
         from dept_ray.rounds.methods import silos_of
         from dept_ray.rounds.regions import check_regions
         from dept_ray.rounds.store import RunStore
+        from dept_ray.stages import shown_on
 
         check_regions(job)
         if (where := in_progress(run_folder(job))) is not None:
@@ -71,7 +76,8 @@ class Run:
         store = RunStore(job)  # refuses another job's folder before anything is spent
         connect(address, silos=len(silos_of(job)), outlive=detach)
         check_lasting(job)
-        prepare(job, address, report)
+        with shown_on(console or Console()) as report:
+            prepare(job, address, report)
         return cls(job, store.folder, Coordinator.start(job, detach))
 
     @classmethod
@@ -173,20 +179,24 @@ class Run:
 
         return plot_of([run.story(name) for run, name in _named([self, *others])])
 
-    def score(self) -> Record:
+    def score(self, source: str | None = None) -> Record:
         """Validation of the last committed round, made here and now, without Ray.
+
+        Args:
+            source: only this one's; None: every source's.
 
         Returns:
             As the record that closes a run: round, scores by source, and their mean.
 
         Raises:
+            ConfigError: there is no such source.
             StoreError: no round is committed yet.
             ShardError: the prepared text is not here.
         """
         from dept_ray.rounds.ledger import final_record
         from dept_ray.study.generate import score_run
 
-        round, scores = score_run(self.job, self.folder)
+        round, scores = score_run(self.job, self.folder, source)
         return final_record(self.job, round, scores)
 
     def choose(self, text: str) -> "Choice":

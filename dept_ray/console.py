@@ -283,14 +283,16 @@ def watch(
                 if now.over or (held and now.phase == "paused"):
                     return now, records
                 time.sleep(every_s)
-    told = since > 0
+    told = dict[str, str]() if since == 0 else None
     while True:
         now = status()
         fresh = new_records(len(records))
         records += fresh
-        if now.hardware and not told:
-            told = True
-            console.print(Text(hardware_line(now.hardware)), soft_wrap=True)
+        told = now.hardware if told is None else told
+        at_work = fresh or any(silo.round >= 0 for silo in now.silos.values())  # until then they come one by one
+        if at_work and (new := {silo: what for silo, what in now.hardware.items() if told.get(silo) != what}):
+            told = {**told, **new}
+            console.print(Text(hardware_line(new)), soft_wrap=True)
         for record in fresh:
             console.print(round_line(record), soft_wrap=True)
         if now.over or (held and now.phase == "paused"):

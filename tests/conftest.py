@@ -8,9 +8,8 @@ from typing import Any
 
 # Before numpy is loaded: a thread of its own that waits for the next product takes a core of its own.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# Before any test module loads Ray: every address is 127.0.0.1, and nothing listens on this machine's others.
-os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 
+import loopback  # noqa: F401 - before any test module loads Ray
 import pytest
 import torch
 from tiny import ready_job, tiny_job

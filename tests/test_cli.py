@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from tiny import document, tiny_job
+from tiny import SOURCES, document, tiny_job
 
 from dept_ray import __version__
 from dept_ray.cli import main
@@ -234,6 +234,11 @@ def test_the_score_is_that_of_the_run_s_last_record(run):
     for source, score in record["scores"].items():
         (line,) = (line.split() for line in text.splitlines() if line.startswith(source))
         assert (line[1], line[3]) == (f"{score['loss']:.4f}", f"{score['bits_per_byte']:.4f}")
+    of_one = said("score", run, "--source", "latin").splitlines()
+    assert [line for line in text.splitlines() if line.startswith("latin")] == [
+        line for line in of_one if line.startswith(SOURCES)
+    ]
+    assert "did you mean latin" in refused("score", run, "--source", "latn")
 
 
 def test_text_goes_on_from_the_prompt_and_hangs_on_the_seed(run):
@@ -260,7 +265,6 @@ def test_a_text_is_scored_by_the_source_it_is_like_and_every_source_s_figure_is_
     rows = {line[0]: line[1:] for line in told if line and line[0] in ("code", "latin", "numbers")}
     assert next(iter(rows)) == "latin"
     assert [len(row) for row in rows.values()] == [4, 1, 1], "only the one that was chosen has a model's figures"
-    assert dept_ray("score", run, "--source", "latin").exit_code == 2
     file.write_text("")
     assert refused("score", run, "--text", file) == "ConfigError: the text to be scored is empty"
     file.write_bytes(b"\xff")

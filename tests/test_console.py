@@ -224,6 +224,26 @@ def test_a_pipe_gets_each_record_once():
     assert [line.split()[0] for line in lines] == ["4", "before", "round", "before", "round", "final"]
 
 
+def test_a_pipe_is_told_once_what_each_silo_runs_on_and_those_that_open_one_by_one_together():
+    cpu, gpu = dict.fromkeys(FOUR, "cpu"), {**dict.fromkeys(FOUR, "cpu"), "urdu": "cuda"}
+    opening = status(("python",), round=-1, doing="waiting", hardware={"python": "cpu"})
+    moments = iter([
+        (opening, []), (status(hardware=cpu), []), (status(hardware=cpu), [a_round(1)]),
+        (status(hardware=gpu), [a_round(1)]), (status(hardware=gpu, phase="finished"), [a_round(1), a_round(2)]),
+    ])  # fmt: skip
+    now: list[Any] = []
+
+    def ask() -> RunStatus:
+        now[:] = next(moments)
+        return now[0]
+
+    console = Console(file=io.StringIO(), width=80, record=True)
+    watch(console, ask, lambda since: now[1][since:], every_s=0)
+    lines = [line for line in console.export_text().splitlines() if not line.startswith("before")]
+    assert [lines[0], lines[2]] == ["4 silos       cpu: cpp, docs, maths, python", "1 silo        cuda: urdu"]
+    assert [line.split()[:2] for line in lines[1::2]] == [["round", "1"], ["round", "2"]]
+
+
 def test_a_terminal_gets_the_live_table():
     assert "2 of 2 rounds" in watched(terminal=True)
 

@@ -17,8 +17,7 @@ def opened(name: str) -> nbformat.NotebookNode:
 
 @pytest.fixture
 def execute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Execute a notebook in an empty folder, on loopback, on a Ray of its own if it starts one."""
-    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    """Execute a notebook in an empty folder, on a Ray of its own if it starts one."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
     def run(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -62,6 +61,7 @@ def test_it_runs_without_ray(name: str, execute):
 @pytest.mark.ray
 def test_a_run_is_steered_on_a_local_ray(execute):
     said = texts(execute(opened("3_steer_a_run")))
+    assert "learning tokenizers: 3 of 3" in said
     assert "model.width cannot be changed in a run" in said
     for change in ("{'set': 'outer.lr', 'to': 0.7}", "'add': {'name': 'maths'", "{'drop': 'cpp'}", "{'return': 'cpp'}"):
         assert change in said

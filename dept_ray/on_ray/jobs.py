@@ -166,6 +166,9 @@ def check_paths(job_file: Path, folder: str | None = None) -> None:
     tokenizer = values.get("tokenizer", {})
     if tokenizer.get("kind") == "file":
         named.append(("tokenizer.name", tokenizer["name"]))
+    if mailbox := values.get("regions", {}).get("mailbox"):
+        named.append(("regions.mailbox", mailbox))
+    named += [(f"init.{key}", at) for key, at in values.get("init", {}).items() if Path(str(at)).is_dir()]
     for source in values["sources"]:
         for key in ("storage", "paths", "validation_paths"):
             given = source.get(key, [])

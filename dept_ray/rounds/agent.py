@@ -70,6 +70,8 @@ class Agent:
         self._answers: dict[str, Any] = {}
         """Letters that could not be written yet, by path."""
         self._beating = threading.Lock()
+        self._in_trouble = False
+        """Whether the last look ended in an error."""
 
     # ------------------------------------------------------------------------------------------ looking
     def serve(self, leave: bool = False, sleep: Callable[[float], None] = time.sleep) -> None:
@@ -91,20 +93,27 @@ class Agent:
             Whether a run that was served here has just been closed.
         """
         try:
-            said = self.box.read(RUN)
-            if said is None or said["closed"]:
-                closed = self.opening is not None and said is not None
-                self.release()
-                return closed
-            if (said["opening"], said["word"]) != (self.opening, self._word):
-                self._take_up(said)
-            self._obey()
-            self._write_answers()
-            self._beat()
+            closed, trouble = self._do_what_is_asked(), ""
         except StoreError as err:
-            self.tell(f"cut off from the mailbox: {err}")
+            closed, trouble = False, f"cut off from the mailbox: {err}"
         except RunError as err:  # a letter that was altered: it is looked at again
-            self.tell(str(err))
+            closed, trouble = False, str(err)
+        if bool(trouble) != self._in_trouble:  # once, however long it lasts
+            self.tell(trouble or f"the mailbox is in order again: {self.box.uri}")
+        self._in_trouble = bool(trouble)
+        return closed
+
+    def _do_what_is_asked(self) -> bool:
+        said = self.box.read(RUN)
+        if said is None or said["closed"]:
+            closed = self.opening is not None and said is not None
+            self.release()
+            return closed
+        if (said["opening"], said["word"]) != (self.opening, self._word):
+            self._take_up(said)
+        self._obey()
+        self._write_answers()
+        self._beat()
         return False
 
     def release(self) -> None:

@@ -15,6 +15,7 @@ from dept_ray.config import Job
 from dept_ray.rounds.changes import changed
 from dept_ray.rounds.methods import method_of, silos_of
 from dept_ray.study.generate import last_state
+from dept_ray.study.home import at_home, check_at_home
 from dept_ray.text.prepare import corpus_folder, tokenizer_kind
 from dept_ray.text.shards import open_corpus
 
@@ -38,12 +39,20 @@ class Choice:
 
 
 def choose_for(job: Job, folder: Path, text: str) -> Choice:
-    """As `choose_source`, among the sources of a run after its last committed round."""
+    """As `choose_source`, among the sources of a run after its last committed round, as far as they are at home here.
+
+    Raises:
+        StoreError: no round is committed yet.
+        ShardError: a source's prepared tokens are not here; of a run with regions, every source's.
+    """
     state = last_state(folder)
     job = changed(job, state.changes)
     trained = {name for name, silo in state.silos.items() if silo.rounds}
     among = [source for silo, sources in silos_of(job).items() if silo in trained for source in sources]
-    return choose_source(job, text, among)
+    here = [source for source in among if at_home(job, source)]
+    if among and not here:
+        check_at_home(job, among[0])
+    return choose_source(job, text, here)
 
 
 def choose_source(job: Job, text: str, among: Sequence[str] = ()) -> Choice:

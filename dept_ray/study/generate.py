@@ -21,6 +21,7 @@ from dept_ray.rounds.pool import specs_of
 from dept_ray.rounds.state import RunState
 from dept_ray.rounds.train import orders_for
 from dept_ray.silo.silo import Silo
+from dept_ray.study.home import check_at_home
 
 
 def last_state(folder: Path) -> RunState:
@@ -67,32 +68,42 @@ def trained_silo(job: Job, folder: Path, source: str) -> tuple[RunState, Silo]:
     Raises:
         ConfigError: the run has no such source.
         StoreError: no round is committed, or the silo has not trained in any.
+        ShardError: its prepared tokens are not here.
     """
     state = last_state(folder)
     job = changed(job, state.changes)
     return state, load_silo(job, state, silo_of(job, source))
 
 
-def score_run(job: Job, folder: Path) -> tuple[int, dict[str, Score]]:
+def score_run(job: Job, folder: Path, source: str | None = None) -> tuple[int, dict[str, Score]]:
     """Validation of every source after the last committed round, in this process.
 
     Args:
         job: as the run began.
         folder: of the run.
+        source: only this one; None: all.
 
     Returns:
         The round, and the scores: where it was trained on this machine's CPU, those of its own final record.
+
+    Raises:
+        ConfigError: the run has no such source.
+        StoreError: no round is committed yet.
+        ShardError: a source's prepared tokens are not here.
     """
     state = last_state(folder)
     job = changed(job, state.changes)
     scores: dict[str, Score] = {}
-    for silo in state.silos:
+    for silo in state.silos if source is None else [silo_of(job, source)]:
         scores |= _loaded(job, state, silo, score=True)[1]
-    return state.round, scores
+    return state.round, scores if source is None else {source: scores[source]}
 
 
 def _loaded(job: Job, state: RunState, name: str, score: bool = False) -> tuple[Silo, dict[str, Score]]:
-    silo = Silo(job, replace(specs_of(job)[name], gpu=False))
+    spec = replace(specs_of(job)[name], gpu=False)
+    for source in spec.sources:
+        check_at_home(job, source)
+    silo = Silo(job, spec)
     order = orders_for(job, state, [name], {name: silo.card()}, attempt=0, steps=0)[name]
     try:
         scores = silo.obey(replace(order, score=score)).scores

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from jsonschema import ValidationError
+from ray._private import ray_constants
 from ray._private.label_utils import parse_node_labels_string
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.util import prepare_config, validate_config
@@ -24,7 +25,7 @@ from dept_ray.errors import ClusterError
 from dept_ray.on_ray.cluster import AUTOSCALES, check_nodes
 from dept_ray.on_ray.notices import CLOUDS as CLOUDS_THAT_TELL
 from dept_ray.on_ray.notices import cloud_of
-from dept_ray.sections import Resources
+from dept_ray.sections import FaultsSection, Resources
 
 ROOT = Path(__file__).parents[2]
 CLUSTERS = ROOT / "clusters"
@@ -264,6 +265,15 @@ def test_pods_are_whole(name: str):
         assert {"cpu", "memory"} <= set(limits)
         assert ("nvidia.com/gpu" in limits) == (group != "head")
         assert {mount["mountPath"] for mount in container["volumeMounts"]} == {"/mnt/dept", "/dev/shm"}
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_a_pod_that_is_told_to_go_drains_by_a_key_that_ray_knows_and_has_the_time(name: str):
+    for group in ray_cluster(name)["spec"]["workerGroupSpecs"]:
+        pod = group["template"]["spec"]
+        (told,) = pod["containers"][0]["env"]
+        assert hasattr(ray_constants, told["name"])
+        assert FaultsSection().grace_s < float(told["value"]) < pod["terminationGracePeriodSeconds"]
 
 
 def test_the_two_kubernetes_files_differ_in_the_job_alone():

@@ -13,6 +13,7 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
+from loopback import LOOPBACK
 from nodes import until
 from proxy import free_ports
 
@@ -70,7 +71,7 @@ def head_in(here: Path) -> Iterator[Head]:
     (here / "none" / "dept_ray" / "__init__.py").write_text("raise ImportError('this cluster has no dept_ray')")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "PYTHONPATH"))}
     kept |= {
-        "RAY_AUTH_TOKEN_PATH": str(here / "token"), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        **LOOPBACK, "RAY_AUTH_TOKEN_PATH": str(here / "token"),
         "OPENBLAS_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }  # fmt: skip
     gcs, dashboard, *others = free_ports(5)

@@ -1,12 +1,11 @@
 """Ray for tests, on loopback: of one node, or of several that can be killed, frozen and told to go."""
 
+import json
 import logging
 import os
-
-# Before Ray is loaded: every address is 127.0.0.1, and nothing listens on this machine's others.
-os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-
 import signal
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -14,11 +13,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import loopback  # noqa: F401 - before Ray is loaded, also outside pytest
+
 QUICK_CHECKS = {
     "health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_timeout_ms": 500,
     "health_check_failure_threshold": 4,
 }  # fmt: skip
 """A frozen node is dead after some two seconds instead of a minute; for tests only."""
+
+POD = """
+import json, sys, time
+from ray._private.node import Node
+from ray._private.parameter import RayParams
+
+node = Node(RayParams(**json.loads(sys.argv[1])), head=False, shutdown_at_exit=True)
+while not node.dead_processes():
+    time.sleep(1)
+"""
 
 
 def connect(**options: Any) -> None:
@@ -47,6 +58,7 @@ class Nodes:
         self.cluster, self.store_bytes = cluster, store_bytes
         self.home: dict[str, Any] = {}
         """By silo: the node that is its own now."""
+        self.pods: dict[str, subprocess.Popen[bytes]] = {}
 
     def add(self, silo: str, **more: Any) -> None:
         # What ends its processes when this one ends is a signal handler, which only the main thread can set.
@@ -55,6 +67,21 @@ class Nodes:
             wait=False, num_cpus=1, labels={"silo": silo},
             object_store_memory=self.store_bytes, **more,
         )  # fmt: skip
+
+    def add_pod(self, silo: str) -> None:
+        """A node as a pod is one: what `ray start --block` makes, told of its end by SIGTERM.
+
+        By that command itself a node cannot join on loopback.
+        """
+        about = {
+            "gcs_address": self.cluster.address, "node_ip_address": "127.0.0.1", "min_worker_port": 0,
+            "max_worker_port": 0, "num_cpus": 1, "labels": {"silo": silo}, "object_store_memory": self.store_bytes,
+        }  # fmt: skip
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.pods[silo] = subprocess.Popen([sys.executable, "-c", POD, json.dumps(about)], **quiet)
+
+    def end_pod(self, silo: str) -> None:
+        self.pods[silo].terminate()
 
     def kill(self, silo: str) -> None:
         os.kill(self._raylet(silo), signal.SIGKILL)
@@ -96,4 +123,7 @@ def cluster_of(*silos: str, store_bytes: int = 80 << 20) -> Iterator[Nodes]:
         yield nodes
     finally:
         ray.shutdown()
+        for pod in nodes.pods.values():
+            pod.kill()
+            pod.wait()
         cluster.shutdown()

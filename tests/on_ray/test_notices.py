@@ -1,4 +1,7 @@
-"""Notices of the clouds, against metadata services that are played on loopback. What follows one: test_autoscaling."""
+"""Notices that a node will be taken: of clouds, whose metadata services are played on loopback, and of Kubernetes.
+
+What follows one: test_autoscaling.
+"""
 
 import threading
 from collections.abc import Iterator
@@ -8,9 +11,11 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from click.testing import CliRunner
 from metadata import Metadata, metadata_service
+from nodes import cluster_of, until
 
 from dept_ray.cli import main
 from dept_ray.errors import ClusterError, ConfigError
+from dept_ray.on_ray.cluster import leaving_nodes
 from dept_ray.on_ray.notices import CLOUDS, Cloud, await_notice, cloud_of, look
 
 
@@ -71,6 +76,28 @@ def test_a_machine_of_no_such_cloud_is_told_so_at_once(service: Metadata, name: 
     service.away = True
     with pytest.raises(ClusterError, match=f"no metadata service answers at {service.url}"):
         await_notice(of(service, name))
+
+
+@pytest.mark.ray
+def test_a_pod_that_is_told_to_end_is_leaving_and_stays_until_its_silo_has_moved() -> None:
+    """By Ray's own handler of SIGTERM; what the pool does with a silo on a node that is leaving: test_nodes."""
+    with cluster_of() as nodes:
+        import ray
+
+        class Lodger:
+            def node(self) -> str:
+                return ray.get_runtime_context().get_node_id()
+
+        nodes.add_pod("latin")
+        silo = ray.remote(num_cpus=1, label_selector={"silo": "latin"})(Lodger).remote()
+        home = ray.get(silo.node.remote(), timeout=150)
+        assert leaving_nodes() == set()
+        nodes.end_pod("latin")
+        until(lambda: leaving_nodes() == {home}, 60)
+        assert ray.get(silo.node.remote(), timeout=60) == home
+        assert nodes.pods["latin"].poll() is None
+        ray.kill(silo)
+        nodes.pods["latin"].wait(60)
 
 
 def test_a_cloud_that_is_not_known_is_refused_before_anything_else() -> None:

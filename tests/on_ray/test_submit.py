@@ -38,7 +38,9 @@ def short(head: Head, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, s
 
 
 # ------------------------------------------------------------------------------------------------ without a cluster
-def test_paths_that_a_cluster_would_look_for_elsewhere_are_named(tmp_path: Path) -> None:
+def test_paths_that_a_cluster_would_look_for_elsewhere_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = write_job(tmp_path)
     check_paths(file)
     text = file.read_text()
@@ -49,6 +51,11 @@ def test_paths_that_a_cluster_would_look_for_elsewhere_are_named(tmp_path: Path)
     with pytest.raises(ConfigError, match=r"folder = '\.'\n.*--folder"):
         check_paths(file)
     check_paths(file, "/mnt/dept")
+    (tmp_path / "before").mkdir()
+    monkeypatch.chdir(tmp_path)
+    file.write_text(text + '\n[regions]\nmailbox = "letters"\n[init]\nrun = "before"\n')
+    with pytest.raises(ConfigError, match=r"(?s)regions\.mailbox = 'letters'.*init\.run = 'before'"):
+        check_paths(file)
 
 
 # ------------------------------------------------------------------------------------------------ on one
