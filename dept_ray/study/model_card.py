@@ -21,6 +21,8 @@ def model_card(
         name: on the Hub; None: the folder is loaded from where it lies.
     """
     parameters = sum(parameter.numel() for parameter in silo.model.parameters()) + added * job.model.width
+    *_, shared = job.model.head_groups
+    heads = f"{job.model.heads} heads" + (f" ({shared} of keys and values)" if shared < job.model.heads else "")
     section, inner, record = job.model, job.inner, state.silos[silo.spec.silo]
     optimizer = "AdamW" if inner.optimizer == "adamw" else "Muon on the body's matrices, AdamW elsewhere"
     end = silo.corpora[source].tokenizer.id_to_token(silo.corpora[source].end_of_text)
@@ -37,7 +39,7 @@ tags: [dept, {section.arch}]
 
 # {job.name}: {source}
 
-{parameters:,} parameters: {section.layers} blocks of width {section.width} with {section.heads} heads, laid out as \
+{parameters:,} parameters: {section.layers} blocks of width {section.width} with {heads}, laid out as \
 {"GPT-2" if section.arch == "gpt2" else "Llama"}, fp32; {silo.vocabulary.size + added:,} tokens. Trained by dept_ray \
 with method `{job.method}` ([DEPT](https://arxiv.org/abs/2410.05021)).
 

@@ -190,6 +190,15 @@ def test_every_other_method_is_exported_too(tiny: Callable[..., Job], tmp_path: 
             torch.testing.assert_close(exported.model(ids).logits[..., : ours.shape[-1]], ours, rtol=1e-5, atol=1e-5)
 
 
+def test_a_llama_that_shares_keys_and_has_constants_of_its_own_is_exported(tiny: Callable[..., Job], tmp_path: Path):
+    model = {"arch": "llama", "kv_heads": 1, "norm_eps": 1e-3, "rope_theta": 500.0}
+    exported = Exported(tiny("spec-opt", model=model, rounds={"total": 1}), tmp_path / "out")
+    ids = torch.tensor([exported.tokenizer(document(SOURCE, 1))["input_ids"][:32]])
+    with torch.no_grad():
+        torch.testing.assert_close(exported.model(ids).logits, exported.silo.model(ids), rtol=1e-5, atol=1e-5)
+    assert "2 heads (1 of keys and values)" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_a_tokenizer_that_was_brought_along_is_exported(tiny: Callable[..., Job], tmp_path: Path):
     """Like many on the Hub: a space before a text, runs of spaces beside the model, an end around a text."""
     section = TokenizerSection.model_validate({"kind": "bpe", "vocab_size": 400})
