@@ -3,10 +3,9 @@
     OUT/  model.safetensors  config.json  tokenizer.json  tokenizer_config.json  README.md
 
 The source brings its own embedding and vocabulary; the ids of the tokenizer that is written are the rows of its table,
-as the silo itself counts them. Where the vocabulary was trimmed, a few rows follow that nobody trained, for what other
-text needs to be spelled with (`text.renumber`). Each is the mean of the others, so that its logit is the mean of
-theirs, and it takes no larger share than one of V_k equal ones: exp is convex. The folder exists whole or not at all.
-`transformers` is not needed to write it.
+as the silo itself counts them. Where the vocabulary was trimmed, a few rows follow that nobody trained
+(`study.spare_rows`), for what other text needs to be spelled with (`text.renumber`). The folder exists whole or not at
+all. `transformers` is not needed to write it.
 """
 
 import json
@@ -28,6 +27,7 @@ from dept_ray.silo.hugging_face import settings_of, to_hugging_face
 from dept_ray.silo.silo import Silo
 from dept_ray.study.generate import trained_silo
 from dept_ray.study.model_card import model_card
+from dept_ray.study.spare_rows import spare_rows
 from dept_ray.text.renumber import rows_tokenizer
 from dept_ray.text.shards import Corpus
 from dept_ray.text.tokenizer import Vocabulary, vocabulary_size
@@ -69,15 +69,15 @@ def export(job: Job, folder: Path, out: Path, source: str | None, push: str | No
     corpus = silo.corpora[source]
     tokenizer = rows_tokenizer(corpus.tokenizer, silo.vocabulary)
     _check_same(corpus, silo.vocabulary, tokenizer)
-    added = vocabulary_size(tokenizer) - silo.vocabulary.size
+    spare = spare_rows(silo, source, vocabulary_size(tokenizer) - silo.vocabulary.size)
     text_files = {
         **_tokenizer_files(tokenizer, corpus, job),
-        "README.md": model_card(job, state, silo, source, _scores(folder, state, silo), added, push),
+        "README.md": model_card(job, state, silo, source, _scores(folder, state, silo), spare, push),
     }
     part = out.with_name(f".{out.name}.{secrets.token_hex(4)}.part")
     try:
         part.mkdir(parents=True)
-        _write_model(part, job, silo, corpus, added)
+        _write_model(part, job, silo, corpus, spare.rows)
         for file, text in text_files.items():
             (part / file).write_text(text, encoding="utf-8")
         part.replace(out)
@@ -91,17 +91,16 @@ def export(job: Job, folder: Path, out: Path, source: str | None, push: str | No
 
 
 # ------------------------------------------------------------------------------------------------ the files
-def _write_model(folder: Path, job: Job, silo: Silo, corpus: Corpus, added: int) -> None:
+def _write_model(folder: Path, job: Job, silo: Silo, corpus: Corpus, spare: torch.Tensor) -> None:
     from safetensors.torch import save_file
 
     ours = silo.model.state_dict()
-    trained = ours["embedding.tokens"]
-    ours["embedding.tokens"] = torch.cat([trained, trained.mean(0, keepdim=True).expand(added, -1)])
+    ours["embedding.tokens"] = torch.cat([ours["embedding.tokens"], spare])
     tensors = to_hugging_face(job.model, ours)
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
     end = int(silo.vocabulary.to_local(np.array([corpus.end_of_text]))[0])
-    settings = settings_of(job.model, silo.vocabulary.size + added, job.positions, end)
+    settings = settings_of(job.model, silo.vocabulary.size + len(spare), job.positions, end)
     (folder / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 

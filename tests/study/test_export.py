@@ -28,6 +28,7 @@ from dept_ray.silo.score import bits_per_byte
 from dept_ray.silo.silo import Silo
 from dept_ray.study.export import export
 from dept_ray.study.generate import generate, trained_silo
+from dept_ray.study.spare_rows import SHARE
 from dept_ray.text.tokenizer import train_tokenizer
 
 SOURCE = "latin"
@@ -135,9 +136,11 @@ def test_only_a_trimmed_vocabulary_has_rows_that_nobody_trained(exported: Export
     assert len(exported.tokenizer) == exported.model.config.vocab_size
     if trimmed:
         assert not exported.has_rows_for(exported.our_ids("if x: return 7")), "which the silo itself refuses"
+        own = exported.tokenizer(document(SOURCE, 7))["input_ids"]
         with torch.no_grad():
-            shares = exported.model(torch.arange(9)[None]).logits.softmax(-1)
-        assert shares[..., trained:].max() <= 1 / trained, "at most one of as many equal ones: exp is convex"
+            shares = exported.model(torch.tensor(own[:512]).view(-1, 32)).logits.softmax(-1)
+        assert exported.added > trained, "more than were trained, by a few steps alone, and yet:"
+        assert shares[..., trained:].sum(-1).mean() < 300 * SHARE
 
 
 def test_a_text_ends_where_ours_ends(exported: Exported):
