@@ -305,7 +305,8 @@ class InitSection(Section):
     """A run's folder, or its name under `folder`; None: none. What is taken is copied into the new run."""
     checkpoint: str | None = None
     """A Hugging Face checkpoint of a GPT-2 or a Llama (config.json, safetensors and, for its rows, tokenizer.json): a
-    folder, or its name on the Hub. Its shapes must be those of [model]; what is taken is copied as a run's is."""
+    folder, or its name on the Hub. Its shapes and constants must be those of [model]; what is taken is copied, as
+    of a run."""
     round: Annotated[int, Field(gt=0)] | None = None
     """A run's committed round; None: the last."""
     silo: Name | None = None

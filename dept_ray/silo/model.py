@@ -87,7 +87,7 @@ class _Linear(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Causal self-attention; queries, keys and values in one product."""
+    """Causal self-attention; queries, keys and values in one product, of which queries may be more (grouped)."""
 
     def __init__(self, section: ModelSection) -> None:
         super().__init__()
