@@ -259,8 +259,8 @@ def plan(job_file: str, method: str | None) -> None:
 def bench(names: tuple[str, ...], folder: str, size: str, repeats: int | None) -> None:
     """Measure this machine: ours beside the best by hand, in turns.
 
-    NAMES: silo, silos (four of them), coordinator, overlap (a slow line), startup, text, peers; without any all of
-    them, some 40 minutes.
+    NAMES: silo, silos (four of them), coordinator, overlap (a slow line), startup, text, joining, peers; without any
+    all of them, some 45 minutes.
     """
     from dept_ray.study.bench import render, run_benchmarks
 

@@ -3,7 +3,7 @@
 `config.Job` puts them together. Each section refuses here what is wrong in itself.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -26,10 +26,16 @@ class ModelSection(Section):
     layers: Positive = 12
     width: Positive = 768
     heads: Positive = 12
+    kv_heads: Positive | None = None
+    """Heads of keys and values, each for heads / kv_heads of the queries (llama alone); None: `heads`."""
     mlp_width: Positive | None = None
     """Hidden width of the MLP; None: 4 * width for gpt2, 8/3 * width rounded up to 64 for llama (equal parameters)."""
     positions: Positive | None = None
     """L, the length of the learned position table; None: `inner.context`."""
+    norm_eps: Annotated[float, Field(gt=0)] | None = None
+    """What a norm adds under its root; None: 1e-5 for gpt2, 1e-6 for llama."""
+    rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
+    """Base of the angles by which rotary positions turn (llama alone)."""
 
     @property
     def hidden(self) -> int:
@@ -38,6 +44,23 @@ class ModelSection(Section):
             return self.mlp_width
         return 4 * self.width if self.arch == "gpt2" else -(-8 * self.width // 3 // 64) * 64
 
+    @property
+    def epsilon(self) -> float:
+        """What a norm adds, in force."""
+        return self.norm_eps or {"gpt2": 1e-5, "llama": 1e-6}[self.arch]
+
+    @property
+    def head_groups(self) -> tuple[int, int, int]:
+        """Heads of queries, of keys and of values, as one product makes them one after the other."""
+        shared = self.kv_heads or self.heads
+        return self.heads, shared, shared
+
+    @property
+    def in_force(self) -> dict[str, Any]:
+        """By key, what is computed with, whether it was said or left open; but for the positions."""
+        said = {"mlp_width": self.hidden, "kv_heads": self.head_groups[1], "norm_eps": self.epsilon}
+        return {**self.model_dump(), **said}
+
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "ModelSection":
         if self.width % self.heads:
@@ -45,6 +68,16 @@ class ModelSection(Section):
         if self.arch == "llama" and (self.width // self.heads) % 2:
             each = self.width // self.heads
             raise ValueError(f"model.width / model.heads = {each} must be even for rotary positions")
+        if self.heads % self.head_groups[1]:
+            raise ValueError(f"model.heads = {self.heads} is not a multiple of model.kv_heads = {self.kv_heads}")
+        return self
+
+    @model_validator(mode="after")
+    def _has_what_is_set(self) -> "ModelSection":
+        plain = {"kv_heads": (None, self.heads), "rope_theta": (10_000.0,)} if self.arch == "gpt2" else {}
+        for key, values in plain.items():
+            if (value := getattr(self, key)) not in values:
+                raise ValueError(f'model.{key} = {value:g}: model.arch = "gpt2" knows no such thing; remove it')
         return self
 
 
@@ -276,7 +309,8 @@ class InitSection(Section):
     """A run's folder, or its name under `folder`; None: none. What is taken is copied into the new run."""
     checkpoint: str | None = None
     """A Hugging Face checkpoint of a GPT-2 or a Llama (config.json, safetensors and, for its rows, tokenizer.json): a
-    folder, or its name on the Hub. Its shapes must be those of [model]; what is taken is copied as a run's is."""
+    folder, or its name on the Hub. Its shapes and constants must be those of [model]; what is taken is copied, as
+    of a run."""
     round: Annotated[int, Field(gt=0)] | None = None
     """A run's committed round; None: the last."""
     silo: Name | None = None

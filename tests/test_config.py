@@ -34,6 +34,9 @@ def test_what_follows_from_other_values():
     assert job(outer={"preset": "nesterov", "lr": 0.5}).outer.eta == 0.5
     assert job(model={"arch": "gpt2"}).model.hidden == 3072
     assert job(model={"arch": "llama"}).model.hidden == 2048
+    assert (job().model.epsilon, job(model={"arch": "llama"}).model.epsilon) == (1e-5, 1e-6)
+    assert job(model={"arch": "llama", "norm_eps": 1e-5}).model.epsilon == 1e-5
+    assert job(model={"arch": "llama", "kv_heads": 4}).model.head_groups == (12, 4, 4)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +80,7 @@ def test_where_a_run_is_kept_and_placed_is_not_its_identity(changes):
         {"sources": [{**DOCS, "weight": 2.0}, TEXTS]},
         {"sources": [{**DOCS, "max_bytes": 9}, TEXTS]},
         {"model": {"layers": 2}},
+        {"model": {"norm_eps": 1e-4}},
         {"tokenizer": {"vocab_size": 300}},
         {"inner": {"lr": 1e-3}},
         {"inner": {"precision": "fp32"}},
@@ -88,6 +92,15 @@ def test_where_a_run_is_kept_and_placed_is_not_its_identity(changes):
 )
 def test_what_decides_the_numbers_is_the_identity(changes):
     assert job(**changes).fingerprint != job().fingerprint
+
+
+@pytest.mark.parametrize("changes", [{}, {"rope_theta": 5e5}, {"norm_eps": 1e-5}, {"kv_heads": 4}])
+def test_what_a_model_computes_is_its_identity_and_a_key_left_open_is_not(changes):
+    llama = job(model={"arch": "llama", **changes})
+    assert (llama.fingerprint == job(model={"arch": "llama"}).fingerprint) == (not changes)
+    assert llama.identity["model"].keys() - changes.keys() == {
+        "arch", "layers", "width", "heads", "mlp_width", "positions",
+    }  # fmt: skip
 
 
 def test_a_job_survives_json():

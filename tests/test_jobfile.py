@@ -128,6 +128,15 @@ def test_a_source_must_say_what_it_is(source, words):
             "model.width / model.heads = 3 must be even for rotary positions",
         ),
         (
+            {"model": {"arch": "llama", "kv_heads": 5}},
+            "model.heads = 12 is not a multiple of model.kv_heads = 5",
+        ),
+        ({"model": {"kv_heads": 4}}, 'model.kv_heads = 4: model.arch = "gpt2" knows no such thing; remove it'),
+        (
+            {"model": {"rope_theta": 500000.0}},
+            'model.rope_theta = 500000: model.arch = "gpt2" knows no such thing; remove it',
+        ),
+        (
             {"tokenizer": {"kind": "file"}},
             'tokenizer.kind = "file" needs tokenizer.name, the path or Hub name to load',
         ),

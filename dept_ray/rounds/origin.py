@@ -160,9 +160,7 @@ def _folder(job: Job) -> Path:
 
 
 def _check_model(job: Job, there: Job, layout: str) -> None:
-    ours, theirs = job.model.model_dump(), there.model.model_dump()
-    ours |= {"mlp_width": job.model.hidden, "positions": job.positions}
-    theirs |= {"mlp_width": there.model.hidden, "positions": there.positions}
+    ours, theirs = ({**each.model.in_force, "positions": each.positions} for each in (job, there))
     if job.init.embedding == "random" or job.model.arch == "llama":  # their table is not taken, or there is none
         theirs["positions"] = ours["positions"]
     differs = [f"model.{key} = {ours[key]!r}, there {theirs[key]!r}" for key in ours if ours[key] != theirs[key]]

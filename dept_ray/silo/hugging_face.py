@@ -6,13 +6,12 @@ queries, keys and values, and the gate and value, that we hold in one matrix eac
 stored once.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from dept_ray.sections import ModelSection
-from dept_ray.silo.model import NORM_EPS, ROPE_THETA
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -56,13 +55,20 @@ _MENDED_BY = {
     "num_attention_heads": "model.heads",
     "n_inner": "model.mlp_width",
     "intermediate_size": "model.mlp_width",
+    "num_key_value_heads": "model.kv_heads",
+    "layer_norm_epsilon": "model.norm_eps",
+    "rms_norm_eps": "model.norm_eps",
+    "rope_theta": "model.rope_theta",
 }
 """Their settings that keys of ours decide."""
 _ONLY: dict[str, Callable[[ModelSection], dict[str, Any]]] = {
     "gpt2": lambda section: {
         "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
     },
-    "llama": lambda section: {"rope_type": "default", "head_dim": section.width // section.heads},
+    "llama": lambda section: {
+        "rope_type": "default", "head_dim": section.width // section.heads, "partial_rotary_factor": 1.0,
+        "sliding_window": None,
+    },
 }  # fmt: skip
 """What ours computes beside `settings_of`, which leaves it to their defaults."""
 _SILENT: dict[str, dict[str, Any]] = {
@@ -112,7 +118,7 @@ def settings_of(section: ModelSection, vocabulary_size: int, positions: int, end
             "n_head": section.heads,
             "n_inner": section.hidden,
             "activation_function": "gelu_new",
-            "layer_norm_epsilon": NORM_EPS["gpt2"],
+            "layer_norm_epsilon": section.epsilon,
             "embd_pdrop": 0.0,
             "attn_pdrop": 0.0,
             "resid_pdrop": 0.0,
@@ -126,10 +132,10 @@ def settings_of(section: ModelSection, vocabulary_size: int, positions: int, end
         "intermediate_size": section.hidden,
         "num_hidden_layers": section.layers,
         "num_attention_heads": section.heads,
-        "num_key_value_heads": section.heads,
+        "num_key_value_heads": section.head_groups[1],
         "hidden_act": "silu",
-        "rms_norm_eps": NORM_EPS["llama"],
-        "rope_theta": ROPE_THETA,
+        "rms_norm_eps": section.epsilon,
+        "rope_theta": section.rope_theta,
         "attention_bias": False,
         "mlp_bias": False,
         **both,
@@ -152,8 +158,8 @@ def differences(section: ModelSection, positions: int | None, theirs: Mapping[st
         told = f"model.arch = {section.arch!r}, there model_type = {kind!r}"
         return ([told], []) if kind in _PARTS else ([], [told])
     there = {**_SILENT[kind], **{key: value for key, value in theirs.items() if value is not None}}
-    there |= there.get("rope_parameters") or {}  # where versions from 5 on keep them
-    there.setdefault("rope_type", (there.get("rope_scaling") or {}).get("rope_type", "default"))
+    turning = there.get("rope_parameters") or there.get("rope_scaling") or {}  # as from version 5 on, and before
+    there = {"rope_type": turning.get("type", "default"), **there, **turning}
     there.setdefault("n_inner", 4 * there.get("n_embd", 0))
     heads = there.get("num_attention_heads", 1)
     there.setdefault("num_key_value_heads", heads)
@@ -179,7 +185,7 @@ def to_hugging_face(section: ModelSection, ours: Tensors) -> dict[str, torch.Ten
     """
     theirs = {name: ours[f"embedding.{table}"] for table, name in TABLES[section.arch].items()}
     for our, names in _pairs(section):
-        parts = ours[f"body.{our}"].chunk(len(names))
+        parts = _parts(section, ours[f"body.{our}"], len(names))
         theirs |= {name: _stored(section, part) for name, part in zip(names, parts, strict=True)}
     return theirs
 
@@ -202,6 +208,13 @@ def _pairs(section: ModelSection) -> Iterator[tuple[str, tuple[str, ...]]]:
         for i in range(section.layers):
             for our, theirs in _PARTS[section.arch].items():
                 yield f"blocks.{i}.{our}.{end}", tuple(f"{at}.{i}.{their}.{end}" for their in theirs)
+
+
+def _parts(section: ModelSection, whole: torch.Tensor, number: int) -> Sequence[torch.Tensor]:
+    """Ours, cut into so many of theirs: three are queries, keys and values, of which the queries may be more."""
+    if number == len(section.head_groups):
+        return whole.split([heads * section.width // section.heads for heads in section.head_groups])
+    return whole.chunk(number)
 
 
 def _stored(section: ModelSection, tensor: torch.Tensor) -> torch.Tensor:

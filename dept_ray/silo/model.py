@@ -37,8 +37,6 @@ __all__ = [
 ]
 
 STD = 0.02
-ROPE_THETA = 10_000.0
-NORM_EPS = {"gpt2": 1e-5, "llama": 1e-6}
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
 """cos and sin of every position's angles, fp32 (T, D / H / 2)."""
@@ -52,11 +50,12 @@ class Body(nn.Module):
         self.blocks = nn.ModuleList(Block(section) for _ in range(section.layers))
         self.norm = _norm(section)
         self.head_width = section.width // section.heads if section.arch == "llama" else 0
+        self.theta = section.rope_theta
         self.recompute = False
         """Whether the backward pass computes each block again instead of keeping its activations."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rotation = _rotation(x.shape[1], self.head_width, x.device) if self.head_width else None
+        rotation = _rotation(x.shape[1], self.head_width, self.theta, x.device) if self.head_width else None
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, rotation, use_reentrant=False)
@@ -88,18 +87,19 @@ class _Linear(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Causal self-attention; queries, keys and values in one product."""
+    """Causal self-attention; queries, keys and values in one product, of which queries may be more (grouped)."""
 
     def __init__(self, section: ModelSection) -> None:
         super().__init__()
         D, bias = section.width, section.arch == "gpt2"
-        self.heads = section.heads
-        self.qkv = _Linear(D, 3 * D, bias)
+        self.heads, self.head_width = section.head_groups, D // section.heads
+        self.qkv = _Linear(D, sum(self.heads) * self.head_width, bias)
         self.out = _Linear(D, D, bias)
 
     def forward(self, x: torch.Tensor, rotation: Rotation | None) -> torch.Tensor:
         B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, T, Dh) each
+        heads = self.qkv(x).view(B, T, sum(self.heads), self.head_width).transpose(1, 2)
+        q, k, v = heads.split(self.heads, 1)  # (B, H, T, Dh) each; of keys and values, H may be a part of the queries'
         if rotation is not None:
             q, k = _rotate(q, rotation), _rotate(k, rotation)
         return self.out(causal_attention(q, k, v).transpose(1, 2).reshape(B, T, D))
@@ -265,18 +265,18 @@ def num_parameters(section: ModelSection, positions: int, vocabulary_size: int) 
     if section.arch == "gpt2":
         block = 4 * D * D + 2 * D * hidden + (4 * D + hidden + D) + 4 * D  # products, their biases, two LayerNorms
         return Sizes(section.layers * block + 2 * D, vocabulary_size * D, positions * D)
-    block = 4 * D * D + 3 * D * hidden + 2 * D
+    heads = section.heads + sum(section.head_groups)  # of what goes in and out of attention, each of width Dh
+    block = D * heads * (D // section.heads) + 3 * D * hidden + 2 * D
     return Sizes(section.layers * block + D, vocabulary_size * D, 0)
 
 
 def _norm(section: ModelSection) -> nn.Module:
-    if section.arch == "gpt2":
-        return nn.LayerNorm(section.width, eps=NORM_EPS[section.arch])
-    return nn.RMSNorm(section.width, eps=NORM_EPS[section.arch])
+    make = nn.LayerNorm if section.arch == "gpt2" else nn.RMSNorm
+    return make(section.width, eps=section.epsilon)
 
 
-def _rotation(T: int, head_width: int, device: torch.device) -> Rotation:
-    frequencies = ROPE_THETA ** (-torch.arange(0, head_width, 2, dtype=torch.float32, device=device) / head_width)
+def _rotation(T: int, head_width: int, theta: float, device: torch.device) -> Rotation:
+    frequencies = theta ** (-torch.arange(0, head_width, 2, dtype=torch.float32, device=device) / head_width)
     angles = torch.arange(T, dtype=torch.float32, device=device)[:, None] * frequencies
     return angles.cos(), angles.sin()
 

@@ -24,6 +24,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "overlap": ("bench_overlap.py",),
     "startup": ("bench_startup.py",),
     "text": ("bench_text.py",),
+    "joining": ("bench_joining.py",),
     "peers": ("bench_peers.py",),
 }
 """By name: the program, and what it is told."""

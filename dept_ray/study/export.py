@@ -3,7 +3,9 @@
     OUT/  model.safetensors  config.json  tokenizer.json  tokenizer_config.json  README.md
 
 The source brings its own embedding and vocabulary; the ids of the tokenizer that is written are the rows of its table,
-as the silo itself counts them. The folder exists whole or not at all. `transformers` is not needed to write it.
+as the silo itself counts them. Where the vocabulary was trimmed, a few rows follow that nobody trained
+(`study.spare_rows`), for what other text needs to be spelled with (`text.renumber`). The folder exists whole or not at
+all. `transformers` is not needed to write it.
 """
 
 import json
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from dept_ray.config import Job
 from dept_ray.errors import ConfigError, StoreError, VocabularyError
@@ -24,9 +27,10 @@ from dept_ray.silo.hugging_face import settings_of, to_hugging_face
 from dept_ray.silo.silo import Silo
 from dept_ray.study.generate import trained_silo
 from dept_ray.study.model_card import model_card
+from dept_ray.study.spare_rows import spare_rows
 from dept_ray.text.renumber import rows_tokenizer
 from dept_ray.text.shards import Corpus
-from dept_ray.text.tokenizer import Vocabulary
+from dept_ray.text.tokenizer import Vocabulary, vocabulary_size
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -65,14 +69,15 @@ def export(job: Job, folder: Path, out: Path, source: str | None, push: str | No
     corpus = silo.corpora[source]
     tokenizer = rows_tokenizer(corpus.tokenizer, silo.vocabulary)
     _check_same(corpus, silo.vocabulary, tokenizer)
+    spare = spare_rows(silo, source, vocabulary_size(tokenizer) - silo.vocabulary.size)
     text_files = {
         **_tokenizer_files(tokenizer, corpus, job),
-        "README.md": model_card(job, state, silo, source, _scores(folder, state, silo), push),
+        "README.md": model_card(job, state, silo, source, _scores(folder, state, silo), spare, push),
     }
     part = out.with_name(f".{out.name}.{secrets.token_hex(4)}.part")
     try:
         part.mkdir(parents=True)
-        _write_model(part, job, silo, corpus)
+        _write_model(part, job, silo, corpus, spare.rows)
         for file, text in text_files.items():
             (part / file).write_text(text, encoding="utf-8")
         part.replace(out)
@@ -86,14 +91,16 @@ def export(job: Job, folder: Path, out: Path, source: str | None, push: str | No
 
 
 # ------------------------------------------------------------------------------------------------ the files
-def _write_model(folder: Path, job: Job, silo: Silo, corpus: Corpus) -> None:
+def _write_model(folder: Path, job: Job, silo: Silo, corpus: Corpus, spare: torch.Tensor) -> None:
     from safetensors.torch import save_file
 
-    tensors = to_hugging_face(job.model, silo.model.state_dict())
+    ours = silo.model.state_dict()
+    ours["embedding.tokens"] = torch.cat([ours["embedding.tokens"], spare])
+    tensors = to_hugging_face(job.model, ours)
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
     end = int(silo.vocabulary.to_local(np.array([corpus.end_of_text]))[0])
-    settings = settings_of(job.model, silo.vocabulary.size, job.positions, end)
+    settings = settings_of(job.model, silo.vocabulary.size + len(spare), job.positions, end)
     (folder / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
@@ -125,11 +132,7 @@ def _check_same(corpus: Corpus, vocabulary: Vocabulary, rows: "Tokenizer") -> No
     for text, our, their in zip(texts, corpus.tokenizer.encode_batch_fast(texts, add_special_tokens=False), theirs,
                                 strict=True):  # fmt: skip
         ids = np.array(our.ids)
-        owned = np.isin(ids, vocabulary.ids)
-        same = len(ids) == len(their.ids) and np.array_equal(
-            np.array(their.ids)[owned], vocabulary.to_local(ids[owned])
-        )
-        if not same:
+        if np.isin(ids, vocabulary.ids).all() and not np.array_equal(vocabulary.to_local(ids), their.ids):
             raise VocabularyError(
                 f"the tokenizer of {corpus.folder} cuts text otherwise once its ids are those of the trimmed "
                 f'vocabulary, for one {text[:60]!r}: train with tokenizer.vocabulary = "global" to export it'

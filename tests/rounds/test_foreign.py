@@ -29,15 +29,21 @@ SIZE = 320
 """Tokens of the checkpoint's tokenizer; its table has some rows more, as many have."""
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama"])
+CONSTANTS = {"kv_heads": 1, "norm_eps": 1e-3, "rope_theta": 500.0}
+"""Of the Llama of another make: all three differ enough to be seen in a logit."""
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama", "another llama"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of two layers by transformers' own classes, and a tokenizer of the tiny languages."""
     torch.manual_seed(3)
-    shape = {"vocab_size": SIZE + 8, "bos_token_id": 0, "eos_token_id": 0}
+    shape: dict[str, Any] = {"vocab_size": SIZE + 8, "bos_token_id": 0, "eos_token_id": 0}
     if request.param == "gpt2":
         settings: Any = GPT2Config(n_positions=32, n_embd=32, n_layer=2, n_head=2, **shape)
         model: Any = GPT2LMHeadModel(settings)
     else:
+        if request.param == "another llama":
+            shape |= {"num_key_value_heads": 1, "rms_norm_eps": 1e-3, "rope_parameters": {"rope_theta": 500.0}}
         settings = LlamaConfig(
             hidden_size=32, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, tie_word_embeddings=True,
             **shape,
@@ -55,11 +61,17 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 def beginning(tiny: Callable[..., Job], checkpoint: Path, method: str = "std", at: str = "run", **more: Any) -> Job:
-    arch = json.loads((checkpoint / "config.json").read_text())["model_type"]
     init = {"checkpoint": str(checkpoint), **more.pop("init", {})}
-    model = {"arch": arch, "layers": 2, "mlp_width": 128, **more.pop("model", {})}
+    model = {**make_of(checkpoint), "layers": 2, "mlp_width": 128, **more.pop("model", {})}
     tokenizer = {"kind": "file", "name": str(checkpoint / "tokenizer.json")} if init.get("embedding") == "own" else {}
     return tiny(method, at, init=init, model=model, tokenizer=more.pop("tokenizer", tokenizer), **more)
+
+
+def make_of(checkpoint: Path) -> dict[str, Any]:
+    """What a `[model]` must say of it beside its shapes."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    another = config.get("num_key_value_heads") == 1
+    return {"arch": config["model_type"], **(CONSTANTS if another else {})}
 
 
 def fitted(job: Job) -> Job:
@@ -114,8 +126,7 @@ def test_tokens_that_the_checkpoint_knows_begin_from_its_rows(tiny, checkpoint: 
 
 
 def test_a_run_exported_is_begun_from_to_the_bit(tiny, tmp_path: Path, checkpoint: Path):
-    arch = json.loads((checkpoint / "config.json").read_text())["model_type"]
-    run = tiny("std", "first", model={"arch": arch}, rounds={"total": 1})
+    run = tiny("std", "first", model=make_of(checkpoint), rounds={"total": 1})
     train_here(run, lambda record: None)
     silo = trained_silo(run, run_folder(run), "latin")[1]
     out = export(run, run_folder(run), tmp_path / "out", "latin")
@@ -162,34 +173,41 @@ def test_a_run_from_a_checkpoint_that_was_stopped_goes_on_to_the_bit_without_it(
         ({"n_head": 4, "num_attention_heads": 4, "num_key_value_heads": 4}, {}, r"model.heads = 2, there \w+ = 4"),
         ({"model_type": "gpt_neox"}, {}, r"no model that could be gone on with \(.*there model_type = 'gpt_neox'"),
         ({"activation_function": "relu", "hidden_act": "gelu"}, {}, r"= '(relu|gelu)' there, '.*' is all that this"),
-        ({"layer_norm_epsilon": 1e-3, "rms_norm_eps": 1e-3}, {}, r"\w+ = 0.001 there, 1e-0\d is all that this package"),
+        ({"layer_norm_epsilon": 0.5, "rms_norm_eps": 0.5}, {}, r"model.norm_eps = [\d.e-]+, there \w+ = 0.5\): set"),
     ],
 )  # fmt: skip
 def test_another_model_is_refused_before_a_tensor_is_read(
     tiny, tmp_path: Path, checkpoint: Path, settings: dict[str, Any], model: dict[str, Any], told: str
 ):
     folder = altered(checkpoint, tmp_path / "altered", **settings)
-    arch = json.loads((checkpoint / "config.json").read_text())["model_type"]
     (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match=told):
-        begun(beginning(tiny, folder, model={"arch": arch, **model}))
+        begun(beginning(tiny, folder, model={**make_of(checkpoint), **model}))
 
 
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"num_key_value_heads": 1}, "num_key_value_heads = 1 there, 2 is all"),
-        ({"rope_parameters": {"rope_theta": 500_000.0, "rope_type": "default"}}, "rope_theta = 500000.0 there, 10000"),
+        ({"num_key_value_heads": 4}, r"model.kv_heads = \d, there num_key_value_heads = 4\): set \[model\]"),
+        ({"rope_parameters": {"rope_theta": 5e5}}, r"model.rope_theta = .*rope_theta = 500000.0\): set \[model\]"),
+        ({"rope_parameters": None, "rope_theta": 5e5}, r"model.rope_theta = .*rope_theta = 500000.0\): set \[model\]"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type = 'llama3' there, 'default' is all"),
         ({"rope_scaling": {"rope_type": "llama3"}, "rope_parameters": None}, "rope_type = 'llama3' there, 'default'"),
+        ({"rope_scaling": {"type": "linear"}, "rope_parameters": None}, "rope_type = 'linear' there, 'default' is all"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 there, 1.0 is all"),
+        ({"head_dim": 8}, "head_dim = 8 there, 16 is all"),
+        ({"attention_bias": True}, "attention_bias = True there, False is all"),
+        ({"mlp_bias": True}, "mlp_bias = True there, False is all"),
+        ({"sliding_window": 4096}, "sliding_window = 4096 there, None is all"),
+        ({"model_type": "mistral"}, "there model_type = 'mistral'"),
     ],
 )
 def test_a_llama_of_another_make_is_refused(
     tiny, tmp_path: Path, checkpoint: Path, settings: dict[str, Any], told: str
 ):
-    folder = altered(checkpoint, tmp_path / "altered", **settings)
-    if "hidden_act" in json.loads((folder / "config.json").read_text()):
+    if (make := make_of(checkpoint)) == {"arch": "llama"}:
         with pytest.raises(ConfigError, match=told):
-            begun(beginning(tiny, folder))
+            begun(beginning(tiny, altered(checkpoint, tmp_path / "altered", **settings), model=make))
 
 
 def test_positions_matter_where_they_are_taken(tiny, checkpoint: Path):

@@ -229,6 +229,7 @@ def test_rows_of_another_tokenizer_are_refused_with_the_way_to_the_same(trained,
         ({"model": {"layers": 2}}, r"model.layers = 2, there 1"),
         ({"model": {"width": 64}}, r"model.width = 64, there 32; model.mlp_width = 256, there 128"),
         ({"model": {"positions": 64}, "init": {"embedding": "own"}}, r"model.positions = 64, there 32"),
+        ({"model": {"norm_eps": 1e-3}}, r"model.norm_eps = 0.001, there 1e-05"),
     ],
 )
 def test_another_model_is_refused_with_its_keys(trained, tiny, changes: dict[str, Any], told: str):

@@ -24,6 +24,11 @@ def test_a_gated_mlp_of_equal_size_costs_as_much():
     assert flops_per_token(gpt2, 1024, 50_257) == flops_per_token(llama, 1024, 50_257)
 
 
+def test_keys_and_values_that_are_shared_cost_less():
+    plain, grouped = (ModelSection(arch="llama", layers=2, width=8, heads=4, kv_heads=n) for n in (4, 1))
+    assert flops_per_token(plain, 4, 10) - flops_per_token(grouped, 4, 10) == 6 * 2 * (2 * 6 * 8)
+
+
 def test_the_head_and_a_longer_context_cost():
     section = ModelSection(layers=2, width=8, heads=2)
     assert flops_per_token(section, 4, 11) - flops_per_token(section, 4, 10) == 6 * 8

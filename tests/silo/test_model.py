@@ -31,6 +31,9 @@ V, L, T = 53, 24, 20
 ARCHS: tuple[Literal["gpt2", "llama"], ...] = ("gpt2", "llama")
 SECTIONS = {arch: ModelSection(arch=arch, layers=2, width=32, heads=4) for arch in ARCHS}
 
+GROUPED = ModelSection(arch="llama", layers=2, width=32, heads=4, kv_heads=2, norm_eps=1e-3, rope_theta=500.0)
+"""Queries that share keys and values, and other constants; all three differ enough to be seen in a logit."""
+
 both = pytest.mark.parametrize("section", SECTIONS.values(), ids=ARCHS)
 
 
@@ -80,15 +83,17 @@ def gpt2_twin(model: LanguageModel, section: ModelSection) -> torch.nn.Module:
 def llama_twin(model: LanguageModel, section: ModelSection) -> torch.nn.Module:
     config = transformers.LlamaConfig(
         vocab_size=V, max_position_embeddings=L, hidden_size=section.width, num_hidden_layers=section.layers,
-        num_attention_heads=section.heads, intermediate_size=section.hidden, rms_norm_eps=1e-6, hidden_act="silu",
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0}, tie_word_embeddings=True,
+        num_attention_heads=section.heads, num_key_value_heads=section.kv_heads, intermediate_size=section.hidden,
+        rms_norm_eps=section.norm_eps or 1e-6, hidden_act="silu", tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": section.rope_theta},
     )  # fmt: skip
     ours = model.state_dict()
     theirs = {"embed_tokens.weight": ours["embedding.tokens"], "norm.weight": ours["body.norm.weight"]}
     for i in range(section.layers):
         mine = {name: ours[f"body.blocks.{i}.{name}.weight"] for name in
                 ("attention_norm", "attention.qkv", "attention.out", "mlp_norm", "mlp.up", "mlp.down")}  # fmt: skip
-        q, k, v = mine["attention.qkv"].chunk(3)
+        shared = section.width * (section.kv_heads or section.heads) // section.heads
+        q, k, v = mine["attention.qkv"].split([section.width, shared, shared])
         gate, up = mine["mlp.up"].chunk(2)
         block = {"input_layernorm": mine["attention_norm"], "post_attention_layernorm": mine["mlp_norm"],
                  "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v,
@@ -100,9 +105,12 @@ def llama_twin(model: LanguageModel, section: ModelSection) -> torch.nn.Module:
     return twin.eval()
 
 
-@pytest.mark.parametrize(("arch", "twin_of"), [("gpt2", gpt2_twin), ("llama", llama_twin)])
-def test_logits_are_those_of_hugging_face(arch: str, twin_of: Callable[..., Any]) -> None:
-    section = SECTIONS[arch]
+@pytest.mark.parametrize(
+    ("section", "twin_of"),
+    [(SECTIONS["gpt2"], gpt2_twin), (SECTIONS["llama"], llama_twin), (GROUPED, llama_twin)],
+    ids=[*ARCHS, "grouped"],
+)
+def test_logits_are_those_of_hugging_face(section: ModelSection, twin_of: Callable[..., Any]) -> None:
     model = make_rough(section)
     twin = twin_of(model, section)
     ids = some_ids()
@@ -141,6 +149,14 @@ def test_attention_is_the_softmax_of_its_definition(length: int) -> None:
         torch.autograd.grad(got, (q, k, v), out_grad), torch.autograd.grad(expected, (q, k, v), out_grad), strict=True
     ):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("length", [7, attention.SHORT + 1])
+def test_neighbours_among_the_queries_share_keys_and_values(length: int) -> None:
+    generator = torch.Generator().manual_seed(length)
+    q, k, v = (torch.randn(2, heads, length, 8, generator=generator) for heads in (6, 2, 2))
+    one_by_one = [causal_attention(q[:, [i]], k[:, [i // 3]], v[:, [i // 3]]) for i in range(6)]
+    torch.testing.assert_close(causal_attention(q, k, v), torch.cat(one_by_one, 1))
 
 
 def test_attention_in_bf16_is_as_near_to_exact_as_the_library(monkeypatch: pytest.MonkeyPatch) -> None:

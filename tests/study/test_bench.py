@@ -48,6 +48,19 @@ def test_it_starts_and_tells_its_ratio(name, tmp_path, monkeypatch):
     assert all(math.isfinite(ratio["value"]) and ratio["value"] > 0 for ratio in ratios)
 
 
+@pytest.mark.soak
+def test_every_way_to_join_is_measured_against_draws_and_against_nobody(tmp_path):
+    ratios = list(run_benchmarks(("joining",), str(tmp_path), "small", 1))
+    ways = ("random", "overlap", "ofa", "tokenadapt")
+    assert [ratio["name"] for ratio in ratios] == [
+        f"joining, {way}{frozen}" for frozen in ("", ", body frozen for 2 steps") for way in ways
+    ]
+    assert ratios[0]["value"] == 1, "draws are what the others are held against"
+    for ratio in ratios:
+        assert ratio["value"] > 0
+        assert ratio["details"]["others, % over nobody joining, by steps since"]["0"] == 0, "nobody has come yet"
+
+
 def test_sides_take_turns(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(programs())
     from sides import Side, taking_turns

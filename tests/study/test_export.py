@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, L
 
 from dept_ray.cli import main
 from dept_ray.config import Job
-from dept_ray.errors import ConfigError, StoreError, VocabularyError
+from dept_ray.errors import ConfigError, StoreError
 from dept_ray.in_process import train_here
 from dept_ray.metrics import read_records
 from dept_ray.rounds.control import Control
@@ -28,6 +28,7 @@ from dept_ray.silo.score import bits_per_byte
 from dept_ray.silo.silo import Silo
 from dept_ray.study.export import export
 from dept_ray.study.generate import generate, trained_silo
+from dept_ray.study.spare_rows import SHARE
 from dept_ray.text.tokenizer import train_tokenizer
 
 SOURCE = "latin"
@@ -54,6 +55,16 @@ class Exported:
         """The tokenizer's, under the ids that the shards are written with."""
         return self.silo.corpora[self.source].tokenizer.encode(text, add_special_tokens=False).ids
 
+    def has_rows_for(self, ids: list[int]) -> bool:
+        """Whether the silo itself has a row for each of these."""
+        vocabulary = self.silo.vocabulary
+        return vocabulary.ids is None or bool(np.isin(ids, vocabulary.ids).all())
+
+    @property
+    def added(self) -> int:
+        """Rows that nobody trained."""
+        return self.model.config.vocab_size - self.silo.vocabulary.size
+
 
 @pytest.fixture(scope="module", params=RUNS, ids=lambda run: "-".join(run))
 def exported(request: pytest.FixtureRequest, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
@@ -73,7 +84,7 @@ def test_logits_are_ours(exported: Exported):
         for start in (0, 100, 200)
     ])))  # fmt: skip
     with torch.no_grad():
-        ours, theirs = silo.model(ids.long()), exported.model(ids.long()).logits
+        ours, theirs = silo.model(ids.long()), exported.model(ids.long()).logits[..., : silo.vocabulary.size]
     assert theirs.std() > 0.1, "the comparison is of something"
     torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
 
@@ -82,7 +93,7 @@ def test_transformers_knows_it_by_its_own_class(exported: Exported):
     section = exported.job.model
     assert type(exported.model) is CLASSES[section.arch]
     assert exported.model.dtype == torch.float32
-    count = sum(parameter.numel() for parameter in exported.silo.model.parameters())
+    count = sum(parameter.numel() for parameter in exported.silo.model.parameters()) + exported.added * section.width
     assert sum(parameter.numel() for parameter in exported.model.parameters()) == count
 
 
@@ -101,34 +112,35 @@ def test_nothing_is_missing_and_nothing_is_left_over(exported: Exported):
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_ids_are_the_rows_of_the_silo(exported: Exported, text: str):
-    vocabulary, ids = exported.silo.vocabulary, np.array(exported.our_ids(text), np.int64)
-    theirs = np.array(exported.tokenizer(text)["input_ids"], np.int64)
-    owned = np.isin(ids, np.arange(vocabulary.global_size) if vocabulary.ids is None else vocabulary.ids)
-    assert len(theirs) == len(ids)
-    assert np.array_equal(theirs[owned], vocabulary.to_local(ids[owned]))
-    assert (theirs[~owned] >= vocabulary.size).all(), "what the source never held has no row"
+def test_every_text_has_rows_and_comes_back(exported: Exported, text: str):
+    ids, theirs = exported.our_ids(text), exported.tokenizer(text)["input_ids"]
+    if exported.has_rows_for(ids):
+        assert theirs == exported.silo.vocabulary.to_local(np.array(ids, np.int64)).tolist()
+    assert all(0 <= row < exported.model.config.vocab_size for row in theirs)
     assert exported.tokenizer.decode(theirs) == text
+    with torch.no_grad():
+        logits = exported.model(torch.tensor([[exported.tokenizer.bos_token_id, *theirs][:32]])).logits
+    assert torch.isfinite(logits).all()
 
 
-def test_the_source_s_own_text_has_rows_throughout(exported: Exported):
-    theirs = exported.tokenizer(document(exported.source, 5))["input_ids"]
-    assert (
-        theirs == exported.silo.vocabulary.to_local(np.array(exported.our_ids(document(exported.source, 5)))).tolist()
-    )
-    assert max(theirs) < exported.model.config.vocab_size == exported.silo.vocabulary.size
+def test_the_source_s_own_text_is_cut_as_in_training(exported: Exported):
+    ids, theirs = exported.our_ids(document(SOURCE, 5)), exported.tokenizer(document(SOURCE, 5))["input_ids"]
+    assert exported.has_rows_for(ids)
+    assert theirs == exported.silo.vocabulary.to_local(np.array(ids)).tolist()
+    assert max(theirs) < exported.silo.vocabulary.size
 
 
-def test_both_refuse_what_a_trimmed_vocabulary_has_not(exported: Exported):
-    text = "if x: return 7"
-    ids = exported.tokenizer(text, return_tensors="pt")["input_ids"]
-    if exported.silo.vocabulary.ids is None:
-        assert exported.model(ids).logits.shape[1] == ids.shape[1]
-        return
-    with pytest.raises(VocabularyError):
-        exported.silo.vocabulary.to_local(np.array(exported.our_ids(text)))
-    with pytest.raises(IndexError):
-        exported.model(ids)
+def test_only_a_trimmed_vocabulary_has_rows_that_nobody_trained(exported: Exported):
+    trimmed, trained = exported.silo.vocabulary.ids is not None, exported.silo.vocabulary.size
+    assert (exported.added > 0) == trimmed
+    assert len(exported.tokenizer) == exported.model.config.vocab_size
+    if trimmed:
+        assert not exported.has_rows_for(exported.our_ids("if x: return 7")), "which the silo itself refuses"
+        own = exported.tokenizer(document(SOURCE, 7))["input_ids"]
+        with torch.no_grad():
+            shares = exported.model(torch.tensor(own[:512]).view(-1, 32)).logits.softmax(-1)
+        assert exported.added > trained, "more than were trained, by a few steps alone, and yet:"
+        assert shares[..., trained:].sum(-1).mean() < 300 * SHARE
 
 
 def test_a_text_ends_where_ours_ends(exported: Exported):
@@ -156,7 +168,7 @@ def test_the_card_has_the_run_s_own_figures(exported: Exported):
     for source in exported.silo.spec.sources:
         assert f"| {source} | {scores[source]['bits_per_byte']:.4f} |" in card
     assert "After 2 of 2 rounds (8 inner steps)" in card
-    assert ("as ids from" in card) == (exported.silo.vocabulary.ids is not None)
+    assert (f"and with {exported.added:,} more, from id" in card) == (exported.silo.vocabulary.ids is not None)
     others = set(scores) - set(exported.silo.spec.sources)
     assert not [name for name in others if f"| {name} |" in card], "others' figures are theirs to tell"
 
@@ -177,7 +189,17 @@ def test_every_other_method_is_exported_too(tiny: Callable[..., Job], tmp_path: 
         exported = Exported(tiny(method, at=method, rounds={"total": 1}), tmp_path / f"of-{method}", "numbers")
         ids = torch.tensor([exported.tokenizer(document("numbers", 1))["input_ids"][:32]])
         with torch.no_grad():
-            torch.testing.assert_close(exported.model(ids).logits, exported.silo.model(ids), rtol=1e-5, atol=1e-5)
+            ours = exported.silo.model(ids)
+            torch.testing.assert_close(exported.model(ids).logits[..., : ours.shape[-1]], ours, rtol=1e-5, atol=1e-5)
+
+
+def test_a_llama_that_shares_keys_and_has_constants_of_its_own_is_exported(tiny: Callable[..., Job], tmp_path: Path):
+    model = {"arch": "llama", "kv_heads": 1, "norm_eps": 1e-3, "rope_theta": 500.0}
+    exported = Exported(tiny("spec-opt", model=model, rounds={"total": 1}), tmp_path / "out")
+    ids = torch.tensor([exported.tokenizer(document(SOURCE, 1))["input_ids"][:32]])
+    with torch.no_grad():
+        torch.testing.assert_close(exported.model(ids).logits, exported.silo.model(ids), rtol=1e-5, atol=1e-5)
+    assert "2 heads (1 of keys and values)" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_tokenizer_that_was_brought_along_is_exported(tiny: Callable[..., Job], tmp_path: Path):

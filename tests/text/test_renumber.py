@@ -1,4 +1,4 @@
-"""Under new ids every kind of tokenizer cuts every text as before."""
+"""Under new ids every kind of tokenizer cuts a source's own text as before, and spells every other with rows."""
 
 import json
 from collections.abc import Callable
@@ -63,9 +63,17 @@ def sentencepiece_like() -> Tokenizer:
 def word_pieces() -> Tokenizer:
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.WordPiece()
     trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=["[UNK]", "[SEP]"], show_progress=False)
     tokenizer.train_from_iterator(CORPUS, trainer)
     return tokenizer
+
+
+def used_by(tokenizer: Tokenizer, texts: list[str]) -> Vocabulary:
+    """Trimmed to what texts use, and the special tokens."""
+    special = [number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special]
+    used = np.unique([i for text in texts for i in tokenizer.encode(text, add_special_tokens=False).ids])
+    return Vocabulary.trimmed(vocabulary_size(tokenizer), np.union1d(used, special))
 
 
 KINDS: dict[str, Callable[[], Tokenizer]] = {
@@ -82,23 +90,47 @@ KINDS: dict[str, Callable[[], Tokenizer]] = {
 
 @pytest.mark.parametrize("spelled", [True, False], ids=["spelled", "special"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_text_is_cut_as_before(kind: str, spelled: bool):
+def test_what_is_owned_keeps_its_cut_and_every_text_has_rows(kind: str, spelled: bool):
     tokenizer = KINDS[kind]()
     tokenizer.encode_special_tokens = spelled
-    special = [number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special]
-    used = np.unique([i for text in CORPUS[:25] for i in tokenizer.encode(text, add_special_tokens=False).ids])
-    vocabulary = Vocabulary.trimmed(vocabulary_size(tokenizer), np.union1d(used, special))
+    vocabulary = used_by(tokenizer, CORPUS[:25])
     assert vocabulary.size < vocabulary.global_size
     rows = rows_tokenizer(tokenizer, vocabulary)
-    assert sorted(rows.get_vocab().values()) == list(range(len(tokenizer.get_vocab())))
+    size = vocabulary_size(rows)
+    assert sorted(rows.get_vocab().values()) == list(range(size)), "an id for each, and none left out"
+    assert vocabulary.size < size < len(tokenizer.get_vocab()), "some were needed, and some were not"
+    strange = 0
     for text in TEXTS:
         ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
-        found = rows.encode(text)
-        assert found.tokens == tokenizer.encode(text, add_special_tokens=False).tokens
-        owned = np.isin(ids, vocabulary.ids)
-        assert np.array_equal(np.array(found.ids, np.int64)[owned], vocabulary.to_local(ids[owned]))
-        assert (np.array(found.ids)[~owned] >= vocabulary.size).all()
-        assert rows.decode(found.ids) == tokenizer.decode(ids)
+        found = rows.encode(text).ids
+        if np.isin(ids, vocabulary.ids).all():
+            assert found == vocabulary.to_local(ids).tolist()
+        else:
+            strange += 1
+            assert max(found) < size
+        assert rows.decode(found) == tokenizer.decode(ids)
+    assert strange, "some text is none of the source's"
+
+
+def test_a_text_of_all_characters_has_rows_and_comes_back():
+    every = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x3000 + 0xE000), 0x1F44D, 0x10FFFF]))
+    for kind in ("bpe", "unigram", "tokens beside the model"):
+        tokenizer = KINDS[kind]()
+        rows = rows_tokenizer(tokenizer, used_by(tokenizer, CORPUS[:1]))
+        ids = rows.encode(every, add_special_tokens=False).ids
+        assert max(ids) < vocabulary_size(rows)
+        assert rows.decode(ids) == every
+
+
+def test_what_nobody_needs_goes_and_parts_of_pieces_stay():
+    """`ab` stands nowhere alone and makes `abc`; `xy` makes nothing that is owned."""
+    named = {piece: i for i, piece in enumerate(["<end>", "a", "b", "c", "x", "y", "ab", "abc", "xy"])}
+    tokenizer = Tokenizer(models.BPE(named, [("a", "b"), ("ab", "c"), ("x", "y")]))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(["<end>"])
+    rows = rows_tokenizer(tokenizer, Vocabulary.trimmed(len(named), np.array([0, named["abc"], named["x"]])))
+    assert rows.get_vocab() == {"<end>": 0, "x": 1, "abc": 2, "a": 3, "b": 4, "c": 5, "y": 6, "ab": 7}
+    assert rows.encode("abcxyab").tokens == ["abc", "x", "y", "ab"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
