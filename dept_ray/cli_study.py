@@ -38,9 +38,10 @@ def study(
     except KeyboardInterrupt:
         click.echo("stopped; the same command goes on", err=True)
         raise SystemExit(130) from None
-    table = studying.write_tables(asked)
+    found = studying.known(asked)
+    table = studying.write_tables(asked, *found)
     click.echo(table.read_text(encoding="utf-8"))
-    for page in (table, *studying.write_pages(asked)):
+    for page in (table, *studying.write_pages(asked, *found)):
         click.echo(page)
 
 

@@ -6,7 +6,7 @@ and what was cut off goes on: the same call again does the rest.
 
 import json
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -31,20 +31,26 @@ def silent(words: str) -> None:
     """Tells nobody."""
 
 
-def known(study: Study) -> tuple[list[Cell], dict[str, Outcome]]:
+def known(study: Study, told: Mapping[str, Outcome] | None = None) -> tuple[list[Cell], dict[str, Outcome]]:
     """The cells that are known, and the outcomes of those that are over.
+
+    Args:
+        study: whose.
+        told: outcomes that are known already: what is over stays as it is, so those runs are not read again.
 
     Raises:
         ConfigError: the study does not describe jobs.
         WrongRunError, StoreError: a run's folder is another's, or cannot be read.
     """
-    outcomes: dict[str, Outcome] = {}
+    outcomes = dict(told or {})
+    read = set(outcomes)
     while True:
         cells = cells_of(study, outcomes)
-        found = outcomes_of(cell.job for cell in cells)
-        if found == outcomes:
+        new = [cell.job for cell in cells if cell.name not in read]
+        if not new:
             return cells, outcomes
-        outcomes = found
+        read |= {job.name for job in new}
+        outcomes |= outcomes_of(new)
 
 
 def run_study(study: Study, train: Train, retry: bool = False, tell: Tell = silent) -> None:
@@ -65,9 +71,10 @@ def run_study(study: Study, train: Train, retry: bool = False, tell: Tell = sile
         check_origin(cell.job)
         if retry and cell.name in outcomes and not outcomes[cell.name].finished:
             _error_file(cell.job).unlink(missing_ok=True)
+            del outcomes[cell.name]
     while True:
-        cells, outcomes = known(study)
-        write_tables(study)
+        cells, outcomes = known(study, outcomes)
+        write_tables(study, cells, outcomes)
         due = [cell.job for cell in cells if cell.name not in outcomes]
         if not due:
             return
@@ -77,11 +84,13 @@ def run_study(study: Study, train: Train, retry: bool = False, tell: Tell = sile
         tell(f"{len(due)} runs to do")
         with closing(train(due)) as over:
             for job, error in over:
-                tell(_told(job, error))
-                write_tables(study)
+                outcomes[job.name] = outcome = _outcome(job, error)
+                told = f"{outcome.worth:.4f} bits/byte, {outcome.seconds:.0f} s of rounds"
+                tell(f"{job.name}: {outcome.error or told}")
+                write_tables(study, cells_of(study, outcomes), outcomes)
 
 
-def _told(job: Job, error: str) -> str:
+def _outcome(job: Job, error: str) -> Outcome:
     """What became of a run that is over; a failure is put where the next one who asks will find it.
 
     Raises:
@@ -92,7 +101,7 @@ def _told(job: Job, error: str) -> str:
     outcome = outcomes_of([job]).get(job.name)
     if outcome is None:
         raise RunError(f"run {job.name} was stopped before its last round: the same command goes on with it")
-    return f"{job.name}: {outcome.error or f'{outcome.worth:.4f} bits/byte, {outcome.seconds:.0f} s of rounds'}"
+    return outcome
 
 
 def _error_file(job: Job) -> Path:
@@ -146,13 +155,12 @@ def folder_of(study: Study) -> Path:
     return Path(study.folder) / "studies" / study.name
 
 
-def write_tables(study: Study) -> Path:
-    """The tables as far as runs are over: `table.md`, and all figures in `figures.json`.
+def write_tables(study: Study, cells: Sequence[Cell], outcomes: Mapping[str, Outcome]) -> Path:
+    """The tables as far as runs are over (`known`): `table.md`, and all figures in `figures.json`.
 
     Raises:
         StoreError: they cannot be written.
     """
-    cells, outcomes = known(study)
     folder, text = folder_of(study), markdown(study, cells, outcomes)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -163,13 +171,12 @@ def write_tables(study: Study) -> Path:
     return folder / "table.md"
 
 
-def write_pages(study: Study) -> list[Path]:
-    """The report of all bodies in the table side by side, and one of each adaptation.
+def write_pages(study: Study, cells: Sequence[Cell], outcomes: Mapping[str, Outcome]) -> list[Path]:
+    """The report of all bodies in the table side by side, and one of each adaptation, as far as runs are over.
 
     Raises:
         StoreError: one cannot be written.
     """
-    cells, outcomes = known(study)
     pages = []
     for name in ("", *study.adaptations):
         runs = [run_folder(c.job) for c in cells if c.taken and c.adaptation == name and c.name in outcomes]

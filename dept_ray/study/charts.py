@@ -1,13 +1,15 @@
 """Charts as SVG: values in, a string out; small, readable in light and dark, and without a script.
 
 Colours are classes (`c0` to `c7`, `mean`, and what `timeline` calls its states), which `page.STYLE` gives a meaning.
-Nothing here knows what a run is. All text that is passed in is escaped here.
+Nothing here knows what a run is. All text that is passed in is escaped here. A page holds many of them, so what many
+points, ticks or names have in common is said once, of their group.
 """
 
 import html
+import itertools
 import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dept_ray.study.axes import Axis
@@ -20,7 +22,7 @@ _LABEL_GAP = 14
 _NAME = 13
 """Letters of a name that fit beside a line."""
 _MANY = 80
-"""Points of a line past which only its ends, and points that stand alone, are marked."""
+"""Points of a line past which only its ends, and points that stand alone, are marked; also the most tips of a chart."""
 
 
 @dataclass(frozen=True)
@@ -58,20 +60,39 @@ def shortened(name: str, letters: int = _NAME) -> str:
     return name if len(name) <= letters else name[: letters - 1] + "…"
 
 
-def written(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:
-    """One line of text."""
-    return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}">{escaped(text)}</text>'
+def px(value: float) -> str:
+    """A length or a place in a drawing, to a tenth.
+
+    >>> px(12.04), px(12.06)
+    ('12', '12.1')
+    """
+    return f"{value:.1f}".removesuffix(".0")
 
 
-def drawing(title: str, width: float, height: float, parts: Sequence[str]) -> str:
-    """The svg element around a drawing's parts, with its title on top.
+def written(x: float, y: float, text: str, kind: str = "", anchor: str = "") -> str:
+    """One line of text; what is left out is as its group says."""
+    how = (f' class="{kind}"' if kind else "") + (f' text-anchor="{anchor}"' if anchor else "")
+    return f'<text x="{px(x)}" y="{px(y)}"{how}>{escaped(text)}</text>'
+
+
+def ticked(texts: Iterable[str], anchor: str = "middle") -> str:
+    """Texts of ticks, which are written alike."""
+    return f'<g class="dept-tick" text-anchor="{anchor}">{"".join(texts)}</g>'
+
+
+FRAME, MARKS = '<g class="frame">', '<g class="marks">'
+"""What a drawing's two parts begin with."""
+
+
+def drawing(title: str, width: float, height: float, frame: str, marks: Sequence[str]) -> str:
+    """The svg element around a frame and what is drawn in it, with its title on top.
 
     It may shrink to half its width where there is no room, and grows no wider than it was drawn.
     """
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" role="img" '
-        f'aria-label="{escaped(title)}" style="width:100%;max-width:{width:g}px;min-width:{width / 2:g}px">'
-        + written(0, 15, title, "title") + "".join(parts) + "</svg>"
+        f'aria-label="{escaped(title)}" style="--wide:{width:g}px">'
+        f"{written(0, 15, title, 'title')}{FRAME}{frame}</g>{MARKS}{''.join(marks)}</g></svg>"
     )  # fmt: skip
 
 
@@ -84,18 +105,16 @@ def line_chart(title: str, lines: Sequence[Line], x: Axis, y: Axis) -> str:
     frame = _Frame(x, y, height)
     ends = [next(point for point in reversed(line.points) if math.isfinite(point[1])) for line in shown]
     heights = spread([frame.y(value) for _, value in ends], _LABEL_GAP, frame.top, frame.bottom)
-    parts = [frame.grid()]
-    for line in shown:
-        parts.append(_path(line, frame))
+    parts, right = [_tips(shown, frame)], frame.right + 12
     for line, (end, value), at in zip(shown, ends, heights, strict=True):
-        right = frame.right + 12
-        label = f"{shortened(line.name)} {_told(value, y, 4)}"
+        label = f"{shortened(line.name)} {_told(value, y)}"
+        whole = f"<title>{escaped(line.name)}</title>" if shortened(line.name) != line.name else ""
         parts.append(
-            f'<path class="leader" d="M{frame.x(end) + 4:.1f} {frame.y(value):.1f}L{right - 3} {at:.1f}"/>'
-            f'<g class="{_color(line.color)}"><text class="name" x="{right}" y="{at + 4:.1f}">{escaped(label)}'
-            f"<title>{escaped(f'{line.name}: {_told(value, y, 6)} at {x.label} {end:g}')}</title></text></g>"
+            f'<g class="{_color(line.color)}">{_path(line, frame)}'
+            f'<path class="leader" d="M{px(frame.x(end) + 4)} {px(frame.y(value))}L{right - 3} {px(at)}"/>'
+            f'<text class="name" x="{right}" y="{px(at + 4)}">{escaped(label)}{whole}</text></g>'
         )
-    return drawing(title, WIDTH, height, parts)
+    return drawing(title, WIDTH, height, frame.grid(), parts)
 
 
 def bar_chart(title: str, bars: Sequence[Bar], kinds: Sequence[str], x_label: str, y: Axis) -> str:
@@ -103,7 +122,7 @@ def bar_chart(title: str, bars: Sequence[Bar], kinds: Sequence[str], x_label: st
     if not any(sum(bar.values) > 0 for bar in bars):
         return _empty(title, "nothing was sent" if bars else "no round is committed yet")
     frame = _Frame(Axis(x_label, 0, len(bars), 1), y, HEIGHT, x_ticks=False)
-    parts = [frame.grid()]
+    parts, names = list[str](), list[str]()
     wide = (frame.right - frame.left) / len(bars)
     label = max(7 * len(bar.name) for bar in bars) + 10
     every = math.ceil(label / wide)
@@ -112,18 +131,19 @@ def bar_chart(title: str, bars: Sequence[Bar], kinds: Sequence[str], x_label: st
         for kind, value in enumerate(bar.values):
             top = frame.y(bottom + value)
             boxes += (
-                f'<rect class="fill c{kind}" x="{left + wide * 0.1:.1f}" y="{top:.1f}" width="{wide * 0.8:.1f}" '
-                f'height="{frame.y(bottom) - top:.1f}"/>'
+                f'<rect class="fill c{kind}" x="{px(left + wide * 0.1)}" y="{px(top)}" width="{px(wide * 0.8)}" '
+                f'height="{px(frame.y(bottom) - top)}"/>'
             )
             bottom += value
         parts.append(f"<g>{boxes}<title>{escaped(bar.tip)}</title></g>")
         if number % every == 0:
-            parts.append(written(left + wide / 2, frame.bottom + 15, bar.name, "tick", "middle"))
+            names.append(written(left + wide / 2, frame.bottom + 15, bar.name))
+    parts.append(ticked(names))
     for kind, name in enumerate(kinds):
         at = frame.top + 12 + (len(kinds) - 1 - kind) * 18
         parts.append(f'<rect class="fill c{kind}" x="{frame.right + 12}" y="{at - 9}" width="11" height="11"/>')
         parts.append(written(frame.right + 28, at, name, "name"))
-    return drawing(title, WIDTH, HEIGHT, parts)
+    return drawing(title, WIDTH, HEIGHT, frame.grid(), parts)
 
 
 def spread(heights: Sequence[float], gap: float, low: float, high: float) -> list[float]:
@@ -158,20 +178,35 @@ class _Frame:
 
     def grid(self) -> str:
         """Axes, ticks, and their labels."""
-        parts = []
-        for tick in self.y_axis.ticks():
-            at = self.y(tick)
-            parts.append(f'<path class="grid" d="M{self.left} {at:.1f}H{self.right}"/>')
-            parts.append(written(self.left - 6, at + 4, self.y_axis.told(tick), "tick", "end"))
-        if self.x_ticks:
-            for tick in self.x_axis.ticks():
-                parts.append(written(self.x(tick), self.bottom + 15, self.x_axis.told(tick), "tick", "middle"))
-        parts.append(f'<path class="axis" d="M{self.left} {self.bottom}H{self.right}"/>')
-        parts.append(written((self.left + self.right) / 2, self.height - 8, self.x_axis.label, "label", "middle"))
+        y_ticks, x_ticks = self.y_axis.ticks(), self.x_axis.ticks() if self.x_ticks else []
+        lines = "".join(f"M{self.left} {px(self.y(tick))}H{self.right}" for tick in y_ticks)
         turn = (self.top + self.bottom) / 2
-        label = written(10, turn, self.y_axis.label, "label", "middle")
-        parts.append(f'<g transform="rotate(-90 10 {turn:.1f})">{label}</g>')
-        return "".join(parts)
+        label = written(10, turn, self.y_axis.label, "dept-label", "middle")
+        return "".join([
+            f'<path class="dept-grid" d="{lines}"/>',
+            f'<path class="dept-axis" d="M{self.left} {self.bottom}H{self.right}"/>',
+            ticked((written(self.left - 6, self.y(tick) + 4, self.y_axis.told(tick)) for tick in y_ticks), "end"),
+            ticked(written(self.x(tick), self.bottom + 15, self.x_axis.told(tick)) for tick in x_ticks),
+            written((self.left + self.right) / 2, self.height - 8, self.x_axis.label, "dept-label", "middle"),
+            f'<g transform="rotate(-90 10 {px(turn)})">{label}</g>',
+        ])  # fmt: skip
+
+
+def _tips(lines: Sequence[Line], frame: _Frame) -> str:
+    """What all lines are at each x, in a band around it that shows under the pointer; of many x, at some."""
+    values = [dict(line.points) for line in lines]
+    every = sorted({x for known in values for x, y in known.items() if math.isfinite(y)})
+    shown = every[:: -math.ceil(len(every) / _MANY)][::-1]
+    middles = [(frame.x(a) + frame.x(b)) / 2 for a, b in itertools.pairwise(shown)]
+    edges = itertools.pairwise([frame.left, *middles, frame.right])
+    bands = []
+    for x, (left, right) in zip(shown, edges, strict=True):
+        there = [(line.name, known[x]) for line, known in zip(lines, values, strict=True) if x in known]
+        told = [f"{name}: {_told(y, frame.y_axis)}" for name, y in there if math.isfinite(y)]
+        band = f"M{px(left)} {frame.top}H{px(right)}V{px(frame.bottom)}H{px(left)}"
+        tip = escaped("\n".join([f"{frame.x_axis.label} {x:g}", *told]))
+        bands.append(f'<path d="{band}"><title>{tip}</title></path>')
+    return f'<g class="tips">{"".join(bands)}</g>'
 
 
 def _path(line: Line, frame: _Frame) -> str:
@@ -182,29 +217,26 @@ def _path(line: Line, frame: _Frame) -> str:
             pieces[-1].append(point)
         elif pieces[-1]:
             pieces.append([])
-    parts, many = [], len(line.points) > _MANY
+    parts, dots, many = [], "", len(line.points) > _MANY
     for piece in pieces:
-        at = [f"{frame.x(x):.1f} {frame.y(y):.1f}" for x, y in piece]
+        at = [f"{px(frame.x(x))} {px(frame.y(y))}" for x, y in piece]
         if len(at) > 1:
             parts.append(f'<path class="line" d="M{"L".join(at)}"/>')
-        dots = piece if not many or len(piece) == 1 else piece[-1:]
-        for x, y in dots:
-            tip = escaped(f"{line.name}: {_told(y, frame.y_axis, 6)} at {frame.x_axis.label} {x:g}")
-            parts.append(
-                f'<circle class="dot" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="2.4"><title>{tip}</title></circle>'
-            )
-    return f'<g class="{_color(line.color)}">{"".join(parts)}</g>'
+        marked = at if not many or len(at) == 1 else at[-1:]
+        dots += "".join(f"M{dot}h0" for dot in marked)
+    return "".join(parts) + f'<path class="dots" d="{dots}"/>'
 
 
-def _told(value: float, axis: Axis, digits: int) -> str:
-    return axis.told(value) if axis.unit else f"{value:.{digits}g}"
+def _told(value: float, axis: Axis) -> str:
+    return axis.told(value) if axis.unit else f"{value:.4g}"
 
 
 def _color(index: int | None) -> str:
     if index is None:
         return "mean"
-    return f"c{index % COLORS} dash{min(index // COLORS, 2)}"
+    dashed = min(index // COLORS, 2)
+    return f"c{index % COLORS}" + (f" dash{dashed}" if dashed else "")
 
 
 def _empty(title: str, words: str = "nothing to show yet") -> str:
-    return drawing(title, WIDTH, EMPTY_HEIGHT, [written(_LEFT, EMPTY_HEIGHT / 2, words, "label")])
+    return drawing(title, WIDTH, EMPTY_HEIGHT, "", [written(_LEFT, EMPTY_HEIGHT / 2, words, "dept-label")])

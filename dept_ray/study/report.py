@@ -7,7 +7,7 @@ stands where. `plot_of` gives the charts alone, for a notebook.
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dept_ray.config import Job
@@ -47,14 +47,24 @@ def report_on(stories: Sequence[Story]) -> str:
     Returns:
         HTML.
     """
-    one = stories[0].name if len(stories) == 1 else f"{len(stories)} runs side by side"
-    parts = [page.heading(one, 1)]
+    common = _common(stories)
+    of = f" of {common.removesuffix('.')}" if common else ""
+    title = stories[0].name if len(stories) == 1 else f"{len(stories)} runs{of} side by side"
+    stories = [replace(story, name=story.name.removeprefix(common)) for story in stories]
+    parts = [page.heading(title, 1)]
     parts += [page.words(_standing(story, len(stories) > 1)) for story in stories]
     parts += [page.words(f"{story.name}: {story.error}", "bad") for story in stories if story.error]
     parts.append(_tiles(stories[0]) if len(stories) == 1 else _comparison(stories))
     parts += [_what_was_run(stories), _curves(stories), _scores(stories), _time(stories), _membership(stories)]
     parts += [_traffic(stories), _agreement(stories), _sizes(stories), _settings(stories)]
-    return page.document(f"dept_ray: {', '.join(story.name for story in stories)}", "".join(parts))
+    return page.document(f"dept_ray: {title}", "".join(parts))
+
+
+def _common(stories: Sequence[Story]) -> str:
+    """What all names begin with up to a dot, such as a study's; it leaves no room for what tells them apart."""
+    heads = {story.name.partition(".")[0] + "." for story in stories}
+    shared = len(stories) > 1 and len(heads) == 1 and all(story.name.partition(".")[2] for story in stories)
+    return heads.pop() if shared else ""
 
 
 # ------------------------------------------------------------------------------------------ the first screen
@@ -129,7 +139,7 @@ def _what_was_run(stories: Sequence[Story]) -> str:
     keys = list(dict.fromkeys(key for known in facts for key in known))
     head = ["", *(story.name for story in stories)]
     return page.heading("What was run") + page.table(
-        head, [[key, *(known.get(key, "") for known in facts)] for key in keys], words=True
+        head, [[key, *(known.get(key, "") for known in facts)] for key in keys], words=True, joined=True
     )
 
 
@@ -176,7 +186,7 @@ def _curves(stories: Sequence[Story]) -> str:
 
 def _time(stories: Sequence[Story]) -> str:
     parts = [page.heading("Where the time went")]
-    for story, chart in zip(stories, figures.timelines(stories), strict=True):
+    for story, chart in zip(stories, page.sharing(figures.timelines(stories)), strict=True):
         parts += (
             [page.wide(chart), page.words(spoken(timeline_of(story.records)))] if story.rounds else [page.wide(chart)]
         )
@@ -217,7 +227,7 @@ def _laid_out(stories: Sequence[Story], *kinds: Callable[[Sequence[Story]], list
     """One run: its charts beside each other. Several: each chart beside those of the other runs."""
     drawn = [kind(stories) for kind in kinds]
     rows = [[charts[0] for charts in drawn]] if len(stories) == 1 else drawn
-    return "".join(page.beside(map(page.wide, row)) for row in rows)
+    return "".join(page.beside(map(page.wide, page.sharing(row))) for row in rows)
 
 
 def _scores(stories: Sequence[Story]) -> str:
@@ -266,7 +276,7 @@ def _settings(stories: Sequence[Story]) -> str:
     head = ["setting", *(story.name for story in stories)]
     keys = list(dict.fromkeys(key for known in flat for key in known))
     rows = {key: [known.get(key, "") for known in flat] for key in keys}
-    every = page.table(head, [[key, *values] for key, values in rows.items()], words=True)
+    every = page.table(head, [[key, *values] for key, values in rows.items()], words=True, joined=True)
     parts = [page.heading("Settings")]
     if len(stories) > 1:
         differ = [[key, *values] for key, values in rows.items() if len(set(values)) > 1]

@@ -5,14 +5,13 @@ wait being for the round's last answer. The time between rounds (pauses, a coord
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from dept_ray.console import duration
 from dept_ray.metrics import Record
 from dept_ray.study.axes import Axis, axis_over
-from dept_ray.study.charts import drawing, escaped, shortened, written
+from dept_ray.study.charts import drawing, escaped, px, shortened, ticked, written
 
 STATES = {
     "send": "sending", "load": "loading, saving", "score": "scoring", "train": "training", "wait": "waiting",
@@ -22,6 +21,8 @@ STATES = {
 MOST_COLUMNS = 60
 """Rounds past so many share columns."""
 WIDTH, _ROW, _LEFT, _TOP = 1150, 20, 124, 62
+_NAME = 16
+"""Letters of a silo's name that fit beside its row."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,9 @@ def timeline_chart(title: str, timeline: Timeline, end: float | None = None) -> 
     """One row a silo, time from left to right; `end` (seconds) makes several runs comparable."""
     height = _TOP + _ROW * max(1, len(timeline.silos)) + 44
     if not timeline.cells:
-        return drawing(title, WIDTH, 90, [written(WIDTH / 2, 50, "no round is committed yet", "label", "middle")])
+        return drawing(
+            title, WIDTH, 90, "", [written(WIDTH / 2, 50, "no round is committed yet", "dept-label", "middle")]
+        )
     last = max(end or 0.0, timeline.end)
     time = axis_over(
         f"time in rounds, {clock(last) if last >= 120 else 's'}", [0, last], zero=True, snug=True, unit="s"
@@ -123,25 +126,28 @@ def timeline_chart(title: str, timeline: Timeline, end: float | None = None) -> 
     def at(seconds: float) -> float:
         return _LEFT + (right - _LEFT) * time.share(seconds)
 
-    parts = [_legend(timeline), *_columns(timeline, at, bottom), *_time(time, at, bottom, height)]
-    rows = {silo: _TOP + _ROW * number for number, silo in enumerate(timeline.silos)}
-    for silo, top in rows.items():
-        name = f"{escaped(shortened(silo, 16))}<title>{escaped(silo)}</title>"
-        parts.append(f'<text class="name" x="{_LEFT - 8}" y="{top + 14}" text-anchor="end">{name}</text>')
-    for cell in timeline.cells:
-        boxes, begin = "", cell.start
-        for state, seconds in cell.parts:
-            left, wide = at(begin), at(begin + seconds) - at(begin)
-            begin += seconds
-            if state == "refused":
-                wide = max(wide, 5.0)  # to be seen however short the round was
-            if wide >= 0.25:
-                boxes += (
-                    f'<rect class="{state}" x="{left:.1f}" y="{rows[cell.silo] + 3}" width="{wide:.1f}" '
-                    f'height="{_ROW - 6}"/>'
-                )
-        parts.append(f"<g>{boxes}<title>{escaped(cell.tip)}</title></g>")
-    return drawing(title, WIDTH, height, parts)
+    parts = _columns(timeline, at, bottom)
+    for number, silo in enumerate(timeline.silos):
+        name = escaped(shortened(silo, _NAME)) + (f"<title>{escaped(silo)}</title>" if len(silo) > _NAME else "")
+        cells = "".join(_drawn(cell, at) for cell in timeline.cells if cell.silo == silo)
+        parts.append(
+            f'<g transform="translate(0 {_TOP + _ROW * number})">'
+            f'<text class="name" x="{_LEFT - 8}" y="14" text-anchor="end">{name}</text>{cells}</g>'
+        )
+    return drawing(title, WIDTH, height, _legend(timeline) + _time(time, at, bottom, height), parts)
+
+
+def _drawn(cell: Cell, at: Callable[[float], float]) -> str:
+    """A cell in its silo's row."""
+    boxes, begin = "", cell.start
+    for state, seconds in cell.parts:
+        left, wide = at(begin), at(begin + seconds) - at(begin)
+        begin += seconds
+        if state == "refused":
+            wide = max(wide, 5.0)  # to be seen however short the round was
+        if wide >= 0.25:
+            boxes += f'<path class="dept-{state}" d="M{px(left)} 10h{px(wide)}"/>'
+    return f"<g>{boxes}<title>{escaped(cell.tip)}</title></g>"
 
 
 def _legend(timeline: Timeline) -> str:
@@ -149,31 +155,33 @@ def _legend(timeline: Timeline) -> str:
     parts, left = "", float(_LEFT)
     for state, words in STATES.items():
         if state in there:
-            parts += f'<rect class="{state}" x="{left:.0f}" y="24" width="12" height="11"/>'
+            parts += f'<path class="dept-{state}" d="M{px(left)} 30h12"/>'
             parts += written(left + 17, 34, words, "name")
             left += 34 + 7 * len(words)
     return parts
 
 
-def _columns(timeline: Timeline, at: Any, bottom: float) -> list[str]:
+def _columns(timeline: Timeline, at: Callable[[float], float], bottom: float) -> list[str]:
     """A line where each round begins, and its number where there is room."""
-    parts, free = [written(_LEFT - 8, 54, "round" if timeline.rounds_each == 1 else "rounds", "tick", "end")], 0.0
+    names, lines, free = list[str](), "", 0.0
     for name, start in timeline.columns:
         x = at(start)
-        parts.append(f'<path class="grid" d="M{x:.1f} {_TOP - 4}V{bottom}"/>')
+        lines += f"M{px(x)} {_TOP - 4}V{bottom}"
         if x >= free and x + 7 * len(name) < WIDTH:
-            parts.append(written(x + 2, 54, name, "tick"))
+            names.append(written(x + 2, 54, name))
             free = x + 7 * len(name) + 9
-    return parts
+    what = written(_LEFT - 8, 54, "round" if timeline.rounds_each == 1 else "rounds", "dept-tick", "end")
+    return [what, f'<path class="dept-grid" d="{lines}"/>', ticked(names, "start")]
 
 
-def _time(time: Axis, at: Any, bottom: float, height: float) -> list[str]:
-    parts = [f'<path class="axis" d="M{_LEFT} {bottom}H{WIDTH - 14}"/>']
-    for tick in time.ticks():
-        parts.append(f'<path class="axis" d="M{at(tick):.1f} {bottom}v4"/>')
-        parts.append(written(at(tick), bottom + 17, time.told(tick), "tick", "middle"))
-    parts.append(written((_LEFT + WIDTH - 14) / 2, height - 6, time.label, "label", "middle"))
-    return parts
+def _time(time: Axis, at: Callable[[float], float], bottom: float, height: float) -> str:
+    ticks = time.ticks()
+    marks = "".join(f"M{px(at(tick))} {bottom}v4" for tick in ticks)
+    return "".join([
+        f'<path class="dept-axis" d="M{_LEFT} {bottom}H{WIDTH - 14}{marks}"/>',
+        ticked(written(at(tick), bottom + 17, time.told(tick)) for tick in ticks),
+        written((_LEFT + WIDTH - 14) / 2, height - 6, time.label, "dept-label", "middle"),
+    ])  # fmt: skip
 
 
 def clock(seconds: float) -> str:

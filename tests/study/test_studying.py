@@ -55,7 +55,7 @@ def test_the_table_has_a_line_a_variant_and_the_pages_open(done: Study) -> None:
     assert "lr 0.0" in adapted, "which value of the sweep was taken"
     figures = json.loads((folder_of(done) / "figures.json").read_text())
     assert figures["adaptations"]["random"][2]["runs"] == 2, "of two bodies"
-    assert [page.name for page in write_pages(done)] == ["report.html", "report-random.html"]
+    assert [page.name for page in write_pages(done, *known(done))] == ["report.html", "report-random.html"]
 
 
 def test_what_is_done_is_not_done_again(done: Study) -> None:
@@ -120,6 +120,19 @@ def test_the_plan_runs_nothing_and_says_what_is_done(done: Study, tmp_path: Path
 
 def test_side_by_side_is_for_a_cluster(tmp_path: Path) -> None:
     assert "--parallel needs Ray" in CliRunner().invoke(main, ["study", "x", "--local", "--parallel", "2"]).output
+
+
+def test_what_is_over_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def read_records_of(file: Path) -> list[dict[str, Any]]:
+        read.append(file.parent.name)
+        return read_records(file)
+
+    monkeypatch.setattr("dept_ray.study.outcomes.read_records", read_records_of)
+    study = tiny_study(tmp_path, {name: {} for name in ("a", "b", "c")})
+    run_study(study, fake("it failed")[1])
+    assert sorted(read) == ["s.a.s0", "s.b.s0", "s.c.s0"]
 
 
 # Failing.
