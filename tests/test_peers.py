@@ -39,7 +39,7 @@ CAUGHT_BY = {
         "rounds/test_faults.py::test_a_newcomer_stands_where_a_veteran_stands",
     ),
     "vectors cut at the size of a bucket": (
-        "rounds/test_outer.py::test_a_vector_longer_than_what_is_folded_at_a_time_arrives_whole",
+        "rounds/test_outer.py::test_a_body_longer_than_what_is_folded_at_a_time_makes_the_whole_step",
         "contract.py::test_resume_is_exact_though_a_silo_joined_and_another_left_between_the_halves",
     ),
     "text that is read twice or left out after a restart": (
