@@ -1,4 +1,4 @@
-"""Ray clusters as regions, another that only coordinates, and nothing between them but letters in one place."""
+"""Two Ray clusters as regions, another that only coordinates, and nothing between them but letters in one place."""
 
 import os
 import signal
@@ -65,10 +65,10 @@ def by_folder(folder: Path) -> Iterator[Way]:
 
 
 class Region:
-    """A `dept-ray region`, with a Ray of its own unless it is told otherwise."""
+    """A `dept-ray region` with a Ray of its own."""
 
-    def __init__(self, name: str, mailbox: str, log: Path, *more: str) -> None:
-        self.words = ["region", "--mailbox", mailbox, "--labels", f"region={name}", "--leave", *more]
+    def __init__(self, name: str, mailbox: str, log: Path) -> None:
+        self.words = ["region", "--mailbox", mailbox, "--labels", f"region={name}", "--leave"]
         self.log = log
         self.start()
 
@@ -101,11 +101,8 @@ class Region:
 
 
 @contextmanager
-def regions(way: Way, us: tuple[str, ...], folder: Path) -> Iterator[dict[str, Region]]:
-    started = {
-        "us": Region("us", way.here, folder / "us.log", *us),
-        "eu": Region("eu", way.eu, folder / "eu.log"),
-    }
+def regions(way: Way, folder: Path) -> Iterator[dict[str, Region]]:
+    started = {"us": Region("us", way.here, folder / "us.log"), "eu": Region("eu", way.eu, folder / "eu.log")}
     try:
         yield started
     finally:
@@ -126,20 +123,16 @@ def mailed(prepared: Path, folder: Path, mailbox: str) -> Job:
 
 
 @pytest.mark.parametrize(
-    ("by", "killed", "us"),
-    [
-        pytest.param(by_bucket, "us", (), id="by bucket"),
-        pytest.param(by_folder, "eu", ("--local",), id="by folder"),  # one cluster, for one is quicker than two
-    ],
+    ("by", "killed"), [pytest.param(by_bucket, "us", id="by bucket"), pytest.param(by_folder, "eu", id="by folder")]
 )
 def test_a_region_is_cut_off_for_two_rounds_and_one_is_killed_in_mid_round(
     prepared, tmp_path, monkeypatch, ray_here,
-    by: Callable[[Path], AbstractContextManager[Way]], killed: str, us: tuple[str, ...],
+    by: Callable[[Path], AbstractContextManager[Way]], killed: str,
 ):  # fmt: skip
     its_silos = {silo for silo, region in REGIONS.items() if region == killed}
     with by(tmp_path) as way:
         job, box = mailed(prepared, tmp_path, way.here), Mailbox(way.here)
-        with regions(way, us, tmp_path) as there:
+        with regions(way, tmp_path) as there:
             run = Run.start(job)
 
             def rounds() -> list[dict[str, Any]]:
