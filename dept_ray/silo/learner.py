@@ -15,10 +15,8 @@ from dept_ray.silo.inner import make_optimizer
 from dept_ray.silo.model import Body, Embedding, LanguageModel, flatten_parameters, layout_of
 from dept_ray.silo.optimizer import Optimizer
 from dept_ray.silo.parts import divide
+from dept_ray.silo.snapshot import Parts
 from dept_ray.silo.vectors import Vectors
-
-Parts = dict[str, Mapping[str, torch.Tensor]]
-"""Of a snapshot: by part, tensors by name."""
 
 
 class Learner:
@@ -69,9 +67,9 @@ class Learner:
             self.model.embedding.tokens.copy_(drawn.tokens)
         self.optimizer.moments.pop("tokens", None)
 
-    def parts(self) -> Parts:
+    def parts(self) -> dict[str, Mapping[str, torch.Tensor]]:
         """Of a snapshot: all that stays home."""
-        parts: Parts = {}
+        parts: dict[str, Mapping[str, torch.Tensor]] = {}
         if not self.spec.share_rows:
             parts["embedding"] = self.model.embedding.state_dict()
         if not self.spec.share_body:
@@ -80,9 +78,7 @@ class Learner:
             parts["optimizer"] = self.moments
         return parts
 
-    def load(
-        self, parts: Mapping[str, Mapping[str, torch.Tensor]], first_tables: Callable[[], Mapping[str, torch.Tensor]]
-    ) -> None:
+    def load(self, parts: Parts, first_tables: Callable[[], Mapping[str, torch.Tensor]]) -> None:
         """Take what `parts` said; what they lack is drawn, or begins with nothing.
 
         Args:

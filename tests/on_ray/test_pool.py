@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,31 +39,68 @@ def run(job: Job, pool: SiloPool, stop_after: int | None = None) -> tuple[RunSta
         pool.close()
 
 
+class Going:
+    """A run in which `code` has handed in, and goes ahead while the others train."""
+
+    def __init__(self, job: Job) -> None:
+        from dept_ray.on_ray.pool import RayPool
+
+        self.pool, self.control, self.records = RayPool(), Control(), list[dict[str, Any]]()
+        arguments = job, self.pool, RunStore(job), Log(self.records.append), self.control
+        self.rounds = threading.Thread(target=train, args=arguments, daemon=True)
+        self.rounds.start()
+        until(lambda: set(self.doing().values()) == {"training"})
+        self.control.pause()
+        self.pool.places.actors["code"].stop.remote(0, 0)
+        until(lambda: self.doing()["code"] == "going ahead")
+
+    def doing(self) -> dict[str, str]:
+        self.pool.places.poll(self.pool.cards)
+        return {name: status.doing for name, status in self.pool.statuses().items()}
+
+    def end(self) -> None:
+        """All hand in, and the run ends."""
+        self.pool.hand_in()
+        until(lambda: self.control.paused)
+        until(lambda: set(self.doing().values()) == {"waiting"})
+        self.control.stop()
+        self.rounds.join()
+        self.pool.close()
+
+
+LONG: dict[str, Any] = {"inner": {"local_steps": 40_000, "ahead_steps": 40_000}, "rounds": {"score_every": 0}}
+
+
 def test_who_goes_ahead_of_a_run_that_is_held_ends_at_once(tiny: Make) -> None:
-    """`code` hands in and goes ahead while the others train; once the round is a fact nobody does."""
-    from dept_ray.on_ray.pool import RayPool
-
-    job = tiny("spec", inner={"local_steps": 40_000, "ahead_steps": 40_000}, rounds={"score_every": 0})
-    pool, control, records = RayPool(), Control(), list[dict[str, Any]]()
-    rounds = threading.Thread(target=lambda: train(job, pool, RunStore(job), Log(records.append), control), daemon=True)
-    rounds.start()
-
-    def doing() -> set[str]:
-        pool.places.poll(pool.cards)
-        return {status.doing for status in pool.statuses().values()}
-
-    until(lambda: doing() == {"training"})
-    control.pause()
-    pool.places.actors["code"].stop.remote(0, 0)
-    until(lambda: "going ahead" in doing())
-    pool.hand_in()
-    until(lambda: control.paused)
-    until(lambda: doing() == {"waiting"})
-    control.stop()
-    rounds.join()
-    pool.close()
-    (record,) = records
+    """Once the round is a fact nobody goes on."""
+    going = Going(tiny("spec", **LONG))
+    going.end()
+    (record,) = going.records
     assert all(0 < silo["steps"] < 40_000 for silo in record["silos"].values())
+
+
+def test_who_goes_ahead_goes_on_until_its_order_is_all_there(tiny: Make, tmp_path: Path) -> None:
+    """Also while the body is on its way, which is what it need not wait for."""
+    import ray
+
+    @ray.remote(num_cpus=0)
+    def body() -> None:
+        while not (tmp_path / "there").exists():
+            time.sleep(0.05)
+
+    @ray.remote(num_cpus=0)
+    def ask(silo: Any) -> Any:
+        return ray.get(silo.status.remote())
+
+    going = Going(tiny("spec", **LONG))
+    code = going.pool.places.actors["code"]
+    going.pool._end_ahead("code", body.remote())
+    # Ray keeps one caller's calls in order: what it asks next waits as well, as it does behind an order.
+    begun = ray.get(ask.remote(code)).step
+    until(lambda: (now := ray.get(ask.remote(code))).doing == "going ahead" and now.step > begun)
+    (tmp_path / "there").touch()
+    until(lambda: going.doing()["code"] == "waiting")
+    going.end()
 
 
 def curve(records: list[dict[str, Any]]) -> list[Any]:

@@ -166,7 +166,7 @@ def test_a_body_of_another_model_is_refused(tiny, open_silo):
     job = tiny("spec")
     silo = open_silo(job)
     short = np.zeros(10, np.float32)
-    with pytest.raises(SiloError, match=rf"ordered a body of \(10,\), mine has {silo.layout.size} values"):
+    with pytest.raises(SiloError, match=rf"ordered a body of \(10,\), mine has {len(silo.body)} values"):
         silo.obey(first_order(job, silo, body=short, fingerprint=checksum(short)))
 
 
