@@ -9,6 +9,7 @@
 some of them can be sent alone. Elementwise IEEE operations only: every machine decodes the same bits.
 """
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -117,6 +118,18 @@ class Moves:
 def decoded(vector: "np.ndarray | Coded") -> np.ndarray:
     """fp32 of what may be coded."""
     return vector.decode() if isinstance(vector, Coded) else vector
+
+
+def finite_norm(delta: np.ndarray | Coded) -> float:
+    """L2 in one pass; nan where a value is not finite, infinite where fp32 cannot square one.
+
+    >>> finite_norm(np.float32([3, 4])), finite_norm(np.float32([3, np.inf]))
+    (5.0, nan)
+    """
+    flat = decoded(delta).ravel()
+    with np.errstate(over="ignore", invalid="ignore"):
+        norm = math.sqrt(float(np.dot(flat, flat)))
+    return norm if math.isfinite(norm) or np.isfinite(flat).all() else math.nan
 
 
 def encode(vector: np.ndarray, codec: str) -> tuple[Coded, np.ndarray]:

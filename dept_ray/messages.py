@@ -7,11 +7,12 @@ in both directions: no row of an embedding is ever in a message.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from dept_ray.codec import Coded, Moves
+from dept_ray.codec import Coded, Moves, finite_norm
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,16 @@ class Held:
 
     fetch: Callable[[], Delta]
     """Only to be read, and not to be kept."""
+
+    @cached_property
+    def norm(self) -> float:
+        """L2; nan where a value is not finite. Measured when it is first asked for."""
+        return finite_norm(self.fetch())
+
+
+def norm_found(vector: Delta | Held) -> float:
+    """L2 of a delta; nan where a value is not finite."""
+    return vector.norm if isinstance(vector, Held) else finite_norm(vector)
 
 
 def fetched(vector: Delta | Held) -> Delta:

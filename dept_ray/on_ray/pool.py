@@ -7,7 +7,8 @@ once its arrays are: the deadline bounds the way home too. Where silos live is `
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,12 +16,15 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from dept_ray.config import Job
-from dept_ray.errors import SiloError
+from dept_ray.errors import DeptError, SiloError
 from dept_ray.messages import Delta, Held, RoundOrder, SiloCard, SiloStatus, SiloUpdate
 from dept_ray.on_ray.actors import explain
 from dept_ray.on_ray.places import LOOK_EVERY_S, Places
-from dept_ray.rounds.pool import Deadline, MakeSilo, Meanwhile, beside, nothing, specs_of, timed
+from dept_ray.rounds.pool import Beside, Deadline, MakeSilo, Meanwhile, beside, nothing, specs_of, timed
 from dept_ray.silo.silo import Silo
+
+TAKING_UP_S = 5.0
+"""How long what is done meanwhile waits for silos to take up their orders: who takes longer waits for a line."""
 
 
 @dataclass
@@ -75,27 +79,30 @@ class RayPool:
         calls = {name: self._ask(order, stored) for name, order in orders.items()}
         asked_at = {name: call.asked_at for name, call in calls.items()}
         answers, at = dict[str, SiloUpdate | Exception](), dict[str, float]()
-        with beside(meanwhile) as look:
-            self._await(orders, calls, deadline, look, answers, at)
+        with beside(meanwhile) as work:
+            self._await(orders, calls, deadline, work, answers, at)
         self._hurried.clear()
         return timed(answers, asked_at, at)
 
     def _await(
-        self, orders: Mapping[str, RoundOrder], calls: dict[str, _Call], deadline: Deadline, look: Callable[[], None],
+        self, orders: Mapping[str, RoundOrder], calls: dict[str, _Call], deadline: Deadline, work: Beside,
         answers: dict[str, SiloUpdate | Exception], at: dict[str, float],
     ) -> None:  # fmt: skip
         """Until every call is answered or given up; what came, and when, goes into `answers` and `at`."""
         began, looked = time.monotonic(), 0.0
         while calls:
-            look()
+            work.look()
             ray.wait([call.refs[0] for call in calls.values()], timeout=LOOK_EVERY_S)
             for name in [name for name, call in calls.items() if _arrived(call)]:
                 answers[name] = self._collect(name, calls.pop(name).all_refs)
                 at[name] = time.monotonic()
+                work.begin()
             now = time.monotonic()
             if calls and now - looked >= LOOK_EVERY_S:
                 looked = now
                 self.places.poll(calls)
+                if self._taken_up(orders, calls) or now - began > TAKING_UP_S:
+                    work.begin()
                 late = now - began > deadline([at[name] - began for name in at])
                 self._stop(orders, calls, calls if late or self._hurried.is_set() else self.places.leaving())
                 for name in self._given_up(calls, now):
@@ -145,7 +152,18 @@ class RayPool:
             if not isinstance(err, RayTaskError):
                 self.places.revive([name])
             return explain(err)
+        for held in (body, rows):
+            with suppress(DeptError):  # it is lost by now: who judges it will find that out
+                _ = held and held.norm  # measured while others are still on their way
         return replace(meta, body=body, rows=rows)
+
+    def _taken_up(self, orders: Mapping[str, RoundOrder], names: Iterable[str]) -> bool:
+        """Whether all of them have copied what they were sent: until then memory is theirs, and the next step waits."""
+        statuses = self.places.statuses()
+        return all(
+            statuses[name].round == orders[name].round and statuses[name].doing in ("scoring", "training", "saving")
+            for name in names
+        )
 
     def _stop(self, orders: Mapping[str, RoundOrder], calls: Mapping[str, _Call], names: Any) -> None:
         """Ask silos, once each, to hand in what they have."""

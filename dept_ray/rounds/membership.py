@@ -16,7 +16,7 @@ from dept_ray.codec import Coded, Moves, decoded
 from dept_ray.config import Job
 from dept_ray.draws import generator
 from dept_ray.errors import DeptError
-from dept_ray.messages import Delta, RoundOrder, SiloUpdate
+from dept_ray.messages import Delta, RoundOrder, SiloUpdate, fetched, norm_found
 from dept_ray.rounds.state import SiloRecord
 from dept_ray.sections import FaultsSection
 from dept_ray.silo.snapshot import snapshot_name
@@ -78,7 +78,7 @@ def judge(job: Job, orders: Mapping[str, RoundOrder], answers: Mapping[str, Silo
         try:
             reason = refusal(orders[name], answer, job.held_out) or _unaccounted(job, orders[name], answer)
             if reason is None and isinstance(answer, SiloUpdate):
-                sizes[name] = found = {w: _size(delta) for w in SHARED if (delta := answer.delta(w)) is not None}
+                sizes[name] = found = _sizes(answer)
                 reason = next((f"{what}: not finite" for what, size in found.items() if math.isnan(size.norm)), None)
         except DeptError as err:  # its delta was lost after it had answered
             reason = f"{type(err).__name__}: {err}"
@@ -197,9 +197,6 @@ def _bound_norms(
                 accepted.pop(name, None)
 
 
-def _size(delta: Delta) -> Size:
-    """In one pass."""
-    flat = decoded(delta).ravel()
-    with np.errstate(over="ignore", invalid="ignore"):  # what fp32 cannot square is infinitely too large
-        norm = math.sqrt(float(np.dot(flat, flat)))
-    return Size(norm if math.isfinite(norm) or np.isfinite(flat).all() else math.nan, delta.shape[0])
+def _sizes(answer: SiloUpdate) -> dict[str, Size]:
+    vectors = {what: vector for what in SHARED if (vector := getattr(answer, what)) is not None}
+    return {what: Size(norm_found(vector), fetched(vector).shape[0]) for what, vector in vectors.items()}

@@ -7,7 +7,7 @@ the silos one after the other in this process, with the same bits as a cluster, 
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol
@@ -24,7 +24,7 @@ Deadline = Callable[[Sequence[float]], float]
 """Seconds that a round may take, given what those took who have answered in it already."""
 
 Meanwhile = Callable[[], None]
-"""What a coordinator does once the orders are out, while silos train: the round before is written to disk."""
+"""What a coordinator does once the orders are taken up, while silos train: the round before is written to disk."""
 
 MakeSilo = Callable[..., Silo]
 """`Silo`, or what stands in for it: called with (job, spec) and, on Ray, `read`."""
@@ -34,17 +34,40 @@ def nothing() -> None:
     """A `Meanwhile` with nothing to do."""
 
 
-@contextmanager
-def beside(work: Meanwhile) -> Iterator[Callable[[], None]]:
-    """Work in a thread of its own: who waits for answers goes on looking after those who are late.
+class Beside:
+    """Work in a thread of its own: who waits for answers goes on looking after those who are late."""
 
-    Yields:
-        A look: it raises what the work has failed with. At the end the work is waited for.
-    """
+    def __init__(self, work: Meanwhile, thread: Executor) -> None:
+        self._work, self._thread = work, thread
+        self._done: Future[None] | None = None
+
+    def begin(self) -> None:
+        """Once, however often it is called."""
+        if self._done is None:
+            self._done = self._thread.submit(self._work)
+
+    def look(self) -> None:
+        """Raises what the work has failed with."""
+        if self._done is not None and self._done.done():
+            self._done.result()
+
+    def end(self) -> None:
+        """Wait for it, and raise what it has failed with."""
+        self.begin()
+        assert self._done is not None
+        self._done.result()
+
+
+@contextmanager
+def beside(work: Meanwhile) -> Iterator[Beside]:
+    """`Beside`, whose work is done in the end, whatever happens."""
     with ThreadPoolExecutor(1, thread_name_prefix="meanwhile") as thread:
-        done = thread.submit(work)
-        yield lambda: done.result() if done.done() else None
-        done.result()
+        work_beside = Beside(work, thread)
+        try:
+            yield work_beside
+        finally:
+            work_beside.begin()
+        work_beside.end()
 
 
 class SiloPool(Protocol):

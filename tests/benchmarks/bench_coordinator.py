@@ -2,7 +2,7 @@
 
 The pause is from the last silo's answer to the moment at which the last silo begins the next round's first step: the
 verdict, the mean, the outer step, the orders, and the silos' own taking up of the body. It is held against copying the
-body once per silo, in one process, by one thread. The commit to disk happens meanwhile and is not in it.
+body once per silo, in one process, by one thread. The commit to disk comes after, while silos train.
 """
 
 import argparse
@@ -44,7 +44,7 @@ MANY = {"full": (10, 1000, 1 << 20), "small": (2, 10, 1 << 10)}
 
 
 class NotingSilo(Silo):
-    """Writes down when it begins its first step, and when it has answered."""
+    """Writes down when it is ordered, when it begins its first step, and when it has answered."""
 
     def __init__(self, job: Job, *more: Any, **named: Any) -> None:
         super().__init__(job, *more, **named)
@@ -59,6 +59,7 @@ class NotingSilo(Silo):
 
     def obey(self, order: RoundOrder) -> SiloUpdate:
         self.round = order.round
+        self.note("ordered")
         update = super().obey(order)
         self.note("answers")
         return update
@@ -91,17 +92,11 @@ def pause(asked: argparse.Namespace) -> Ratio:
     prepare(job, local=True)
     connect(None, silos=SILOS)
     pool, store = RayPool(make=NotingSilo), RunStore(job)
-    run_round, arrived, asked_at = pool.run_round, dict[int, float](), dict[int, float]()
+    run_round, arrived = pool.run_round, dict[int, float]()
 
     def noted(orders: Any, deadline: Any, meanwhile: Any = nothing) -> Any:
-        round = next(iter(orders.values())).round
-
-        def commit() -> None:
-            asked_at[round] = time.time()
-            meanwhile()
-
-        answers = run_round(orders, deadline, commit)
-        arrived[round] = time.time()
+        answers = run_round(orders, deadline, meanwhile)
+        arrived[next(iter(orders.values())).round] = time.time()
         return answers
 
     pool.run_round = noted
@@ -112,7 +107,12 @@ def pause(asked: argparse.Namespace) -> Ratio:
     assert state.body is not None
     rounds = range(1, asked.repeats + 1)  # the first round's is a warm-up
     moments = [
-        (noted_at(asked.folder, n, "answers"), arrived[n], asked_at[n + 1], noted_at(asked.folder, n + 1, "begins"))
+        (
+            noted_at(asked.folder, n, "answers"),
+            arrived[n],
+            noted_at(asked.folder, n + 1, "ordered"),
+            noted_at(asked.folder, n + 1, "begins"),
+        )
         for n in rounds
     ]
     pauses = [last - first for first, *_, last in moments]

@@ -13,8 +13,10 @@ import torch
 from nodes import until
 
 from dept_ray.config import Job
+from dept_ray.messages import RoundOrder, SiloUpdate
 from dept_ray.method_names import METHOD_NAMES
 from dept_ray.metrics import Log
+from dept_ray.on_ray.places import LOOK_EVERY_S
 from dept_ray.rounds.control import Control
 from dept_ray.rounds.pool import LocalPool, SiloPool
 from dept_ray.rounds.state import RunState
@@ -101,6 +103,48 @@ def test_who_goes_ahead_goes_on_until_its_order_is_all_there(tiny: Make, tmp_pat
     (tmp_path / "there").touch()
     until(lambda: going.doing()["code"] == "waiting")
     going.end()
+
+
+@pytest.mark.parametrize("what", ["all have taken it up", "one takes too long"])
+def test_a_round_is_written_when_the_next_one_is_taken_up(
+    tiny: Make, tmp_path: Path, monkeypatch: Any, what: str
+) -> None:
+    """Until then memory is the silos', for who waits for it makes all wait; but not for ever."""
+    from dept_ray.on_ray import pool as room
+    from dept_ray.silo.silo import Silo
+
+    class Slow(Silo):
+        def obey(self, order: RoundOrder) -> SiloUpdate:
+            while order.round and self.spec.silo == "code" and not (tmp_path / "there").exists():
+                time.sleep(0.05)
+            return super().obey(order)
+
+    def standing() -> dict[str, tuple[int, str]]:
+        return {name: (status.round, status.doing) for name, status in pool.statuses().items()}
+
+    monkeypatch.setattr(room, "TAKING_UP_S", 600.0)
+    job = tiny("glob", inner={"local_steps": 40_000}, rounds={"score_every": 0})
+    pool, control, store = room.RayPool(make=Slow), Control(), RunStore(job)
+    rounds = threading.Thread(target=train, args=(job, pool, store, Log(), control), daemon=True)
+    rounds.start()
+    try:
+        until(lambda: set(standing().values()) == {(0, "training")})
+        pool.hand_in()
+        until(lambda: {standing()[name] for name in ("latin", "numbers")} == {(1, "training")})
+        time.sleep(2 * LOOK_EVERY_S)
+        assert store.rounds() == []
+        if what == "one takes too long":
+            monkeypatch.setattr(room, "TAKING_UP_S", 0.0)
+        else:
+            (tmp_path / "there").touch()
+        until(lambda: store.rounds() == [1])
+        assert standing()["code"][1] == ("training" if what == "all have taken it up" else "waiting")
+    finally:
+        (tmp_path / "there").touch()
+        control.stop()
+        pool.hand_in()
+        rounds.join()
+        pool.close()
 
 
 def curve(records: list[dict[str, Any]]) -> list[Any]:

@@ -203,6 +203,20 @@ def test_whose_delta_was_lost_after_it_had_answered_is_refused():
     assert verdict.refused == {"b": "StoreError: its node is gone"}
 
 
+def test_a_held_delta_is_measured_once_as_one_at_hand_is():
+    looked = list[int]()
+
+    def fetch() -> Delta:
+        looked.append(1)
+        return np.float32([3, 4])
+
+    held = Held(fetch)
+    assert held.norm == held.norm == 5.0
+    assert len(looked) == 1
+    assert math.isnan(Held(lambda: np.float32([3, np.nan])).norm)
+    assert Held(lambda: np.full(4, 1e30, np.float32)).norm == math.inf
+
+
 def lengths(norms: dict[str, float], steps: dict[str, int] | None = None, **faults: object) -> dict[str, str]:
     """Who is refused of those whose body's delta has these norms."""
     orders = {name: replace(ORDER, silo=name, position={name: 0}, steps=9, rows=None) for name in norms}
