@@ -260,7 +260,7 @@ def bench(names: tuple[str, ...], folder: str, size: str, repeats: int | None) -
     """Measure this machine: ours beside the best by hand, in turns.
 
     NAMES: silo, silos (four of them), coordinator, overlap (a slow line), startup, text, joining, peers; without any
-    all of them, some 45 minutes.
+    all of them, about an hour.
     """
     from dept_ray.study.bench import render, run_benchmarks
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from reference import SIZES, Size
-from sides import Figures, serve
+from sides import SPEED, Figures, Ready, serve
 from torch import nn
 
 MALLOC = {
@@ -93,8 +93,8 @@ class Loop:
         self.bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         self.loss = torch.zeros(())
 
-    def steps(self, count: int) -> float:
-        """Train; seconds."""
+    def steps(self, count: int, made: Callable[[], None] | None = None) -> float:
+        """Train, and call `made` after each step; seconds."""
         began = time.perf_counter()
         for _ in range(count):
             rows = self.tokens[torch.randint(len(self.tokens), (self.size.batch,))].long()
@@ -104,6 +104,8 @@ class Loop:
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad()
+            if made is not None:
+                made()
         return time.perf_counter() - began
 
 
@@ -113,7 +115,7 @@ def read_tokens(file: Path, size: Size) -> torch.Tensor:
     return torch.from_numpy(np.stack([flat[i : i + T + 1] for i in range(0, len(flat) - T - 1, T)]).astype(np.int32))
 
 
-def get_ready(size: Size, file: Path, threads: int, steps: int) -> tuple[Figures, Callable[[], Figures]]:
+def get_ready(size: Size, file: Path, threads: int, steps: int) -> Ready:
     """Try every way of attention for a few steps, keep the fastest."""
     torch.set_num_threads(threads)
     tokens = read_tokens(file, size)
@@ -140,7 +142,7 @@ def get_ready(size: Size, file: Path, threads: int, steps: int) -> tuple[Figures
         "precision": "bf16" if loop.bf16 else "fp32",
         "threads": threads,
     }
-    return about, measure
+    return about, {SPEED: measure}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 Others: DiLoCo over gloo, written plainly, and Flower's simulation engine, which is installed from the package registry
 into a venv of its own under the benchmark's folder. Ours is GLOB with Nesterov outside, which sends what they send.
 Also told: bytes sent in a round, the workers' memory at its peak, and how long the first round took from the start.
+
+In the end each side in turn loses a worker in the middle of a round (`crash`). Ours and Flower's engine are left to
+themselves; DiLoCo has nobody who would see it, so an operator's loop, as torchrun is one, starts all workers anew.
 """
 
 import argparse
@@ -15,8 +18,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bare import MALLOC
+from crash import CAP_S, ROUNDS_AFTER
 from reference import SIZES, job_of, training_tokens
-from sides import HERE, Ratio, Side, options, say, taking_turns, tell
+from sides import HERE, Figures, Ratio, Side, options, say, taking_turns, tell
 
 from dept_ray.preparing import prepare
 
@@ -24,7 +28,7 @@ WORKERS, STEPS = 4, 20
 
 
 def bench(asked: argparse.Namespace) -> Iterator[Ratio]:
-    """A ratio for each of the others."""
+    """Two ratios for each of the others: of speed, and after a crash."""
     size = SIZES[asked.size]
     steps = STEPS if asked.size == "full" else size.steps
     name = f"peers-{uuid.uuid4().hex[:8]}"
@@ -32,14 +36,17 @@ def bench(asked: argparse.Namespace) -> Iterator[Ratio]:
     prepare(job, local=True)
     common = ["--size", asked.size, "--steps", str(steps)]
     files = ["--tokens", *(training_tokens(job, source.name) for source in job.sources)]
+    notes = asked.folder / "steps" / name
     ray = [HERE / "ray_run.py", *common, "--folder", asked.folder, "--name", name, "--silos", str(WORKERS)]
     makers: list[Callable[[], Side]] = [
         lambda: Side("dept_ray", [*ray, "--method", "glob", "--outer", "nesterov"]),
-        lambda: Side("DiLoCo over gloo", [HERE / "diloco.py", *common, *files], MALLOC),
+        lambda: Side("DiLoCo over gloo", [HERE / "diloco.py", *common, *files, "--notes", notes / "diloco"], MALLOC),
     ]
     if asked.flower and (python := flower_python(asked.folder / "flower")) is not None:
-        makers.append(lambda: Side("Flower simulation", [HERE / "flower.py", *common, *files], MALLOC, python))
-    with taking_turns(asked.repeats, *makers) as (ours, *others):
+        flower = [HERE / "flower.py", *common, *files, "--notes", notes / "flower"]
+        makers.append(lambda: Side("Flower simulation", flower, MALLOC, python))
+    with taking_turns(asked.repeats, *makers) as sides:
+        ours, *others = sides
         for other in others:
             ratio = ours.median("tokens_per_s") / other.median("tokens_per_s")
             yield Ratio(
@@ -60,6 +67,33 @@ def bench(asked: argparse.Namespace) -> Iterator[Ratio]:
                     for a, b in zip(ours.figures, other.figures, strict=True)
                 ]},
             )  # fmt: skip
+        crashes = {side.name: side.measure("crash") for side in sides}
+        for other in others:
+            yield after_a_crash(steps, {name: crashes[name] for name in (ours.name, other.name)})
+
+
+def after_a_crash(steps: int, crashes: dict[str, Figures]) -> Ratio:
+    """Of ours and another, by name: how soon the source whose worker was killed is trained again."""
+    mine, theirs = crashes.values()
+    other, ratio = list(crashes)[-1], mine["again_s"] / theirs["again_s"]
+    return Ratio(
+        f"against {other}, after a crash",
+        f"seconds from a worker's SIGKILL until its source is trained again, ours / of {other}",
+        ratio, "<= 1", ratio <= 1,
+        {
+            name: {
+                "seconds until its source is trained again": figures["again_s"] if figures["back"]
+                else f"not within {CAP_S:g}, which is what counts",
+                "steps that others made meanwhile": figures["others_steps"],
+                "seconds in which nobody trained, at most": figures["pause_s"],
+                "of rounds without a crash": figures["pause_before_s"],
+                "rounds that all make again": figures["rounds_lost"],
+                f"steps of each source in the {ROUNDS_AFTER * steps} that follow": figures["steps_after"],
+                "workers that made them": figures["workers_after"],
+            }
+            for name, figures in crashes.items()
+        },
+    )  # fmt: skip
 
 
 def flower_python(folder: Path) -> Path | None:

@@ -2,7 +2,7 @@
 
 Its engine gives each round's clients to processes that it keeps, one CPU each; a client keeps its loop (and so its
 compilation) in the process that it lands in, which is the best that can be done with it. Rounds are let through one by
-one, by a strategy that waits.
+one, by a strategy that waits. After a crash the engine is left alone, and rounds are let through as before.
 """
 
 import argparse
@@ -11,13 +11,14 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 from bare import Loop, read_tokens
+from crash import kill_one, note_step
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
@@ -25,7 +26,7 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 from ray_run import peak_mib
 from reference import SIZES
-from sides import Figures, serve
+from sides import SPEED, Figures, Ready, serve
 
 _kept: dict[str, Loop] = {}
 """In a client's process."""
@@ -50,7 +51,7 @@ def train(message: Message, context: Context) -> Message:
     loop = loop_of(config["size"], config["tokens"].split("|")[partition], config["way"])
     arrays: Any = message.content["arrays"]
     loop.model.load_state_dict(arrays.to_torch_state_dict())
-    loop.steps(config["steps"])
+    loop.steps(config["steps"], partial(note_step, Path(config["notes"]), str(partition)))
     tokens = config["steps"] * loop.size.step_tokens
     metrics = MetricRecord({"num-examples": tokens, "train_loss": loop.loss.item()})
     content = RecordDict({"arrays": ArrayRecord(loop.model.state_dict()), "metrics": metrics})
@@ -75,11 +76,13 @@ class Waiting(FedAvg):
         return result
 
 
-def get_ready(asked: argparse.Namespace) -> tuple[Figures, Callable[[], Figures]]:
+def get_ready(asked: argparse.Namespace) -> Ready:
     """Start the engine and make the first rounds."""
     began, size, clients = time.perf_counter(), SIZES[asked.size], len(asked.tokens)
     server = ServerApp()
-    told = {"size": asked.size, "tokens": "|".join(map(str, asked.tokens)), "way": asked.way, "steps": asked.steps}
+    asked.notes.mkdir(parents=True)
+    told = {"size": asked.size, "tokens": "|".join(map(str, asked.tokens)), "way": asked.way, "steps": asked.steps,
+            "notes": str(asked.notes)}  # fmt: skip
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
@@ -126,7 +129,28 @@ def get_ready(asked: argparse.Namespace) -> tuple[Figures, Callable[[], Figures]
 
     import flwr
 
-    return {"first_round_s": round(first, 1), "flwr": flwr.__version__}, measure
+    about = {"first_round_s": round(first, 1), "flwr": flwr.__version__}
+    return about, {SPEED: measure, "crash": partial(measure_crash, asked)}
+
+
+def measure_crash(asked: argparse.Namespace) -> Figures:
+    """Kill the process of a client while rounds follow each other."""
+    over, failed = threading.Event(), list[int]()
+
+    def rounds() -> None:
+        while not over.is_set():
+            Waiting.go.put(None)
+            failed.append(Waiting.done.get(timeout=900))
+
+    letting = threading.Thread(target=rounds)
+    letting.start()
+    try:
+        figures = kill_one(asked.notes, "1", asked.steps)
+    finally:
+        over.set()
+        letting.join()
+    # What was answered counts, and a round of which nothing was is made again.
+    return {**figures, "rounds_lost": failed.count(len(asked.tokens))}
 
 
 def client_processes() -> list[int]:
@@ -142,6 +166,7 @@ if __name__ == "__main__":
     parser.add_argument("--size", required=True)
     parser.add_argument("--tokens", type=Path, nargs="+", required=True)
     parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--notes", type=Path, required=True, help="folder for the notes of steps")
     parser.add_argument("--way", default="by 64 rows")
     serve(lambda: get_ready(parser.parse_args(sys.argv[1:])))
     ray.shutdown()

@@ -1,7 +1,7 @@
 """A real run on Ray, held between its rounds: each measurement lets one round through. A side; it is no benchmark.
 
 What is counted is from the request for a round to its manifest on disk, so all that a round costs is in it: orders,
-training, snapshots, answers, the outer step, the commit.
+training, snapshots, answers, the outer step, the commit. What a crash costs is `ray_crash`'s to measure.
 """
 
 import argparse
@@ -9,12 +9,11 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from reference import SIZES, job_of
-from sides import Figures, serve
+from sides import SPEED, Figures, Ready, serve
 
 from dept_ray.client import Run
 from dept_ray.config import Job
@@ -23,7 +22,7 @@ WARM_ROUNDS = 2
 """Rounds before the first measurement: compilation, the first window of text, the first outer step."""
 
 
-def get_ready(job: Job) -> tuple[Figures, Callable[[], Figures]]:
+def get_ready(job: Job) -> Ready:
     """Start the run and let its first rounds through."""
     began = time.perf_counter()
     run = Run.start(job)
@@ -49,7 +48,12 @@ def get_ready(job: Job) -> tuple[Figures, Callable[[], Figures]]:
             "loss": round(record["loss"], 3),
         }
 
-    return about, measure
+    def crash() -> Figures:
+        from ray_crash import measure_crash  # only now: it imports what silos import, and that is timed above
+
+        return measure_crash(run)
+
+    return about, {SPEED: measure, "crash": crash}
 
 
 def one_round(run: Run) -> tuple[float, float]:

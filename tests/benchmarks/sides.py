@@ -1,8 +1,9 @@
 """Two sides measured side by side, in turns, on one machine that is never quiet: what every benchmark here stands on.
 
 A *side* is a program in a process of its own, with the environment it would really have. It gets ready, then measures
-once each time it is asked; the others do nothing meanwhile. Sides take turns (A B A B ...), so that what else the
-machine does falls on all of them, and the ratio of their medians is the result. Nothing here knows what is measured.
+once each time it is asked, its speed unless it is asked for something else; the others do nothing meanwhile. Sides take
+turns (A B A B ...), so that what else the machine does falls on all of them, and the ratio of their medians is the
+result. Nothing here knows what is measured.
 """
 
 import argparse
@@ -20,6 +21,11 @@ from pathlib import Path
 from typing import Any
 
 Figures = dict[str, Any]
+Measure = Callable[[], Figures]
+Ready = tuple[Figures, dict[str, Measure]]
+"""What a side says about itself, and all that it can measure, by name."""
+SPEED = "speed"
+"""The measurement that every side has."""
 HERE = Path(__file__).resolve().parent
 
 
@@ -66,16 +72,17 @@ class Side:
         self.about = self._answer()
         say(f"{name}: ready after {time.perf_counter() - began:.0f} s {self.about or ''}")
 
-    def measure(self) -> None:
+    def measure(self, what: str = SPEED) -> Figures:
         """Once more."""
         assert self._process.stdin is not None
-        self._process.stdin.write("go\n")
+        self._process.stdin.write(f"{what}\n")
         self._process.stdin.flush()
-        self.figures.append(self._answer())
-        say(f"{self.name}: {self.figures[-1]}")
+        figures = self._answer()
+        say(f"{self.name}: {figures}")
+        return figures
 
     def median(self, key: str) -> float:
-        """Of one figure over all measurements."""
+        """Of one figure over all measurements of the turns that it took."""
         return statistics.median(figures[key] for figures in self.figures)
 
     def close(self) -> None:
@@ -98,8 +105,8 @@ class Side:
         return json.loads(line)
 
 
-def serve(get_ready: Callable[[], tuple[Figures, Callable[[], Figures]]]) -> None:
-    """In a side's own process: get ready, say what about, then measure once for each line that comes.
+def serve(get_ready: Callable[[], Ready]) -> None:
+    """In a side's own process: get ready, say what about, then measure what each line that comes asks for.
 
     What else is printed goes to stderr.
     """
@@ -109,10 +116,10 @@ def serve(get_ready: Callable[[], tuple[Figures, Callable[[], Figures]]]) -> Non
     def answer(figures: Figures) -> None:
         print(json.dumps(figures), file=answers, flush=True)
 
-    about, measure = get_ready()
+    about, measures = get_ready()
     answer(about)
-    for _ in sys.stdin:
-        answer(measure())
+    for line in sys.stdin:
+        answer(measures[line.strip()]())
 
 
 @contextmanager
@@ -125,7 +132,7 @@ def taking_turns(repeats: int, *makers: Callable[[], Side]) -> Iterator[list[Sid
             stack.callback(sides[-1].close)
         for _ in range(repeats):
             for side in sides:
-                side.measure()
+                side.figures.append(side.measure())
         yield sides
 
 

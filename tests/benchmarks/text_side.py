@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from reference import SIZES, Size, text_job
-from sides import Figures, serve
+from sides import SPEED, Figures, Ready, serve
 
 from dept_ray.config import Job
 from dept_ray.text.prepare import RunAll, corpus_folder, run_here, text_folder
 from dept_ray.text.shards import open_corpus
 from dept_ray.text.tasks import Task, pack, read_part, text_parts
 from dept_ray.text.tokenizer import open_tokenizer
-
-Ready = tuple[Figures, Callable[[], Figures]]
 
 
 def raw(job: Job) -> Ready:
@@ -33,7 +31,8 @@ def raw(job: Job) -> Ready:
             len(each) for texts in parts for each in tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         )
 
-    return {"text_bytes": sum(len(text.encode()) for texts in parts for text in texts)}, lambda: counted(encode)
+    text_bytes = sum(len(text.encode()) for texts in parts for text in texts)
+    return {"text_bytes": text_bytes}, {SPEED: lambda: counted(encode)}
 
 
 def ours(job: Job, run_all: RunAll) -> Ready:
@@ -60,7 +59,7 @@ def ours(job: Job, run_all: RunAll) -> Ready:
         finally:
             shutil.rmtree(folder)
 
-    return {"parts": len(tasks)}, measure
+    return {"parts": len(tasks)}, {SPEED: measure}
 
 
 def on_ray_data(job: Job) -> Ready:
@@ -69,9 +68,9 @@ def on_ray_data(job: Job) -> Ready:
     from dept_ray.on_ray.ingest import ray_data_runner
 
     connect()
-    about, measure = ours(job, ray_data_runner(job))
-    measure()  # its worker processes start with the first tasks
-    return about, measure
+    about, measures = ours(job, ray_data_runner(job))
+    measures[SPEED]()  # its worker processes start with the first tasks
+    return about, measures
 
 
 def stream(job: Job, size: Size) -> Ready:
@@ -100,7 +99,7 @@ def stream(job: Job, size: Size) -> Ready:
         return 4 * WINDOW_STEPS * size.step_tokens
 
     counted(drain)
-    return {"ray": ray.__version__}, lambda: counted(drain)
+    return {"ray": ray.__version__}, {SPEED: lambda: counted(drain)}
 
 
 def counted(work: Callable[[], int]) -> Figures:

@@ -70,10 +70,12 @@ def test_sides_take_turns(monkeypatch, tmp_path):
         f"import sys; sys.path.insert(0, {str(programs())!r})\n"
         "from sides import serve\n"
         "name = sys.argv[1]\n"
-        f"def measure(): open({str(log)!r}, 'a').write(name); print('noise'); return {{'x': 1.0}}\n"
-        "serve(lambda: ({'name': name}, measure))\n"
+        f"def measure(x): open({str(log)!r}, 'a').write(name); print('noise'); return {{'x': x}}\n"
+        "serve(lambda: ({'name': name}, {'speed': lambda: measure(1.0), 'crash': lambda: measure(2.0)}))\n"
     )
     with taking_turns(3, lambda: Side("a", [program, "a"]), lambda: Side("b", [program, "b"])) as (a, b):
         assert log.read_text() == "ababab"
         assert (a.about, b.about) == ({"name": "a"}, {"name": "b"})
         assert a.median("x") == 1.0
+        assert b.measure("crash") == {"x": 2.0}
+        assert b.median("x") == 1.0, "what was asked for beside its turns is told apart"
