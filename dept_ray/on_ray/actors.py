@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from dept_ray.rounds.store import RunStore
 from dept_ray.silo.memory import keep_freed_memory
 
 if TYPE_CHECKING:
+    from dept_ray.on_ray.streaming import RayReader
     from dept_ray.rounds.pool import MakeSilo
     from dept_ray.silo.silo import Silo
 
@@ -49,13 +51,17 @@ class SiloActor:
         self.gauges = SiloGauges(self.job.name, spec.silo)
 
     def card(self) -> SiloCard:
-        from dept_ray.on_ray.streaming import RayReader
-        from dept_ray.silo.silo import open_corpora
-
         with self._discreet():
-            reader = RayReader(open_corpora(self.job, self.spec), self.job.inner.context)
-            self.silo = self.make(self.job, self.spec, read=reader)
+            self.silo = self.make(self.job, self.spec, read=lambda source, blocks: self._reader(source, blocks))
             return self.silo.card()
+
+    @cached_property
+    def _reader(self) -> "RayReader":
+        """Ray Data is loaded when there is something to read ahead: a first step does not wait for it."""
+        from dept_ray.on_ray.streaming import RayReader
+
+        assert self.silo is not None, "only a silo reads"
+        return RayReader(self.silo.corpora, self.job.inner.context)
 
     @ray.method(num_returns=3)
     def obey(

@@ -8,11 +8,8 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
-import ray.data
-
 from dept_ray.config import Job
 from dept_ray.errors import DeptError
-from dept_ray.on_ray.quiet import quiet_ray_data
 from dept_ray.rounds.methods import resources_of
 from dept_ray.text.prepare import RunAll, Task
 
@@ -21,6 +18,10 @@ def ray_data_runner(job: Job) -> RunAll:
     """A `RunAll` on this process's Ray cluster."""
 
     def run_all(work: Callable[[Task], Any], tasks: list[Task], done: Callable[[int], None]) -> list[Any]:
+        import ray.data  # it takes most of a second, and in most starts nothing is due
+
+        from dept_ray.on_ray.quiet import quiet_ray_data
+
         quiet_ray_data()
         by_labels: dict[tuple[tuple[str, str], ...], list[int]] = {}
         for i, task in enumerate(tasks):

@@ -128,14 +128,17 @@ class MixedStream:
             window, first = self._window_with(position)
             count = min(steps, len(window.tokens) - first)
             position, steps = self._named(window.positions[first + count]), steps - count
-            yield from window.tokens[first : first + count]
+            for number, batch in enumerate(window.tokens[first : first + count], first):
+                if number or len(window.tokens) == 1:  # a first step does not share its cores with what is for later
+                    self._read_ahead(window)
+                yield batch
 
     def close(self) -> None:
         """Stop reading ahead; the thread ends with the window that it is reading."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _window_with(self, position: Position) -> tuple["_Window", int]:
-        """The window that holds the batch at a position, and its place in it. The next one is read meanwhile."""
+        """The window that holds the batch at a position, and its place in it."""
         if self._window is not None and (place := self._window.find(self._array(position))) is not None:
             return self._window, place
         ahead, self._ahead = self._ahead, None
@@ -145,9 +148,13 @@ class MixedStream:
             if ahead is not None:
                 ahead[1].cancel()  # nobody will ask for it
             self._window = self._read(position, self.read_now, WAITED_FOR_STEPS)
-        next_up = self._named(self._window.positions[-1])
-        self._ahead = (next_up, self._thread.submit(self._read, next_up, self.read, WINDOW_STEPS))
         return self._window, 0
+
+    def _read_ahead(self, window: "_Window") -> None:
+        """Begin to read what follows a window, unless that has begun."""
+        if self._ahead is None:
+            next_up = self._named(window.positions[-1])
+            self._ahead = (next_up, self._thread.submit(self._read, next_up, self.read, WINDOW_STEPS))
 
     def _read(self, position: Position, read: Read, most: int) -> "_Window":
         """As many batches as a window holds: each source's share in one read, laid out by the draws."""

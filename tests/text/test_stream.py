@@ -249,11 +249,11 @@ def test_what_the_background_reader_fails_with_reaches_the_trainer(monkeypatch: 
     stream = mixed(read)
     batches = stream.batches(stream.start(), 6)
     next(batches)
-    stream._thread.submit(lambda: None).result()  # the second window has been read
+    next(batches)  # and the second window is asked for
+    stream._thread.submit(lambda: None).result()  # and has been read
     read.error = ShardError("the disk is gone")
     next(batches)
     next(batches)  # and the third is asked for
-    next(batches)
     with pytest.raises(ShardError, match="the disk is gone"):
         next(batches)
     read.error = None
@@ -263,7 +263,10 @@ def test_what_the_background_reader_fails_with_reaches_the_trainer(monkeypatch: 
 
 def test_closing_ends_the_thread() -> None:
     stream = mixed()
-    next(stream.batches(stream.start(), 1))
+    batches = stream.batches(stream.start(), 2)
+    next(batches)
+    assert not stream._thread._threads, "the first step shares its cores with nobody"
+    next(batches)
     threads = list(stream._thread._threads)
     assert len(threads) == 1
     stream.close()
