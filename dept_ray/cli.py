@@ -37,7 +37,7 @@ def main() -> None:
     """Pre-train one language model on sources that do not belong together (DEPT, arXiv 2410.05021)."""
     from dept_ray.silo.memory import keep_freed_memory
 
-    keep_freed_memory()  # some commands train, or add up bodies, in this process
+    keep_freed_memory(one_arena=False)  # some commands tokenise, and train, in this process
 
 
 for command in (

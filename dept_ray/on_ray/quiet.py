@@ -14,8 +14,13 @@ import ray
 from ray.data import DataContext, ExecutionResources
 from ray.data._internal.cluster_autoscaler import CLUSTER_AUTOSCALER_ENV_KEY
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import _AutoscalingCoordinatorActor
+from ray.data._internal.cluster_autoscaler.default_cluster_autoscaler_v2 import DefaultClusterAutoscalerV2
 from ray.data._internal.remote_fn import CACHED_FUNCTIONS
 from ray.data._internal.stats import STATS_ACTOR_NAME, STATS_ACTOR_NAMESPACE, _StatsActor
+
+FORGET_AFTER_S = 30
+"""How long the share of the cluster that a dataset claims outlives one that was killed; who lives claims it anew every
+ten seconds."""
 
 
 def quiet_ray_data() -> None:
@@ -23,8 +28,10 @@ def quiet_ray_data() -> None:
 
     By itself Ray Data asks the autoscaler, once a dataset has kept the cluster busy for some seconds, for twice the
     CPUs there are, whatever nodes bring them. Its older way (V2) asks for nodes by their shape, but for those beyond
-    its limits.
+    its limits. Both remember whoever was killed in the middle of a dataset for three minutes, for which it shares the
+    CPUs with those that live: a run that was killed some times would wait so long for its text.
     """
+    DefaultClusterAutoscalerV2.AUTOSCALING_REQUEST_EXPIRE_TIME_S = FORGET_AFTER_S
     os.environ.setdefault(CLUSTER_AUTOSCALER_ENV_KEY, "V2")
     context = DataContext.get_current()
     context.execution_options.resource_limits = ExecutionResources.for_limits(gpu=0)

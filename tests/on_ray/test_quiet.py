@@ -1,6 +1,7 @@
 """Ray Data's manners, as its own code understands them. Where its actors live: test_autoscaling."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
@@ -32,6 +33,21 @@ def test_a_dataset_asks_by_the_way_that_keeps_to_its_limits(monkeypatch: pytest.
     quiet_ray_data()
     made = create_cluster_autoscaler({}, SimpleNamespace(), DataContext.get_current(), execution_id="any")
     assert type(made) is DefaultClusterAutoscalerV2
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_here")
+def test_what_a_killed_dataset_claimed_is_soon_free_and_what_a_living_one_claims_is_not() -> None:
+    heard = dict[str, Any]()
+    quiet_ray_data()
+    DefaultClusterAutoscalerV2(
+        SimpleNamespace(),  # type: ignore[arg-type]
+        "any",
+        autoscaling_coordinator=SimpleNamespace(request_resources=lambda **claim: heard.update(claim)),  # type: ignore[arg-type]
+        get_node_counts=dict,
+    )
+    again_after_s = DefaultClusterAutoscalerV2.MIN_GAP_BETWEEN_AUTOSCALING_REQUESTS
+    assert 2 * again_after_s < heard["expire_after_s"] <= 30
 
 
 @pytest.mark.ray
