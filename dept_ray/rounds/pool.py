@@ -51,12 +51,6 @@ class Beside:
         if self._done is not None and self._done.done():
             self._done.result()
 
-    def end(self) -> None:
-        """Wait for it, and raise what it has failed with."""
-        self.begin()
-        assert self._done is not None
-        self._done.result()
-
 
 @contextmanager
 def beside(work: Meanwhile) -> Iterator[Beside]:
@@ -67,7 +61,7 @@ def beside(work: Meanwhile) -> Iterator[Beside]:
             yield work_beside
         finally:
             work_beside.begin()
-        work_beside.end()
+    work_beside.look()  # it has ended with its thread
 
 
 class SiloPool(Protocol):
