@@ -17,6 +17,7 @@ With malloc told to keep its memory (silo/hardware.py) logits at once are a tent
 memory; at V=8192 and compiled they are never faster. So there is one way only.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,32 +31,59 @@ CHUNK_ROWS = {"cpu": 512, "cuda": 4096}
 chunk leaves the cache. A GPU wants products large enough to fill it."""
 CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 """Upper bound of a chunk in fp32, which makes rows fewer from V = 131,072 (CPU) or 65,536 (CUDA) on."""
-COMPILED_CHUNKS = 8
-"""torch.compile unrolls the loop over chunks: 8 chunks took 19 s to compile, 16 took 38 s."""
 
 
 def linear_cross_entropy(
-    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int | None = None
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int | None = None, chunk: "Chunk | None" = None
 ) -> torch.Tensor:
     """Sum of -log softmax(x weight^T)[target] in nats over the targets that are not `IGNORED`.
 
     x: (N, D), weight: (V, D), targets: (N,) int64 -> 0-dim fp32. Products are computed in autocast's dtype where it is
-    on, all else in fp32; gradients have the dtypes of x and weight. `rows` overrides how many rows make a chunk.
+    on, all else in fp32; gradients have the dtypes of x and weight. `rows` overrides how many rows make a chunk,
+    `chunk` what computes one: `loss_of_chunk`, or its compiled twin.
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     if rows is None:
-        rows = _chunk_rows(x.shape[0], weight.shape[0], device)
+        rows = chunk_rows(weight.shape[0], device)
     training = torch.is_grad_enabled()
     wanted = (training and x.requires_grad, training and weight.requires_grad)
-    total: Any = _LinearCrossEntropy.apply(x, weight, targets, rows, dtype, wanted)
+    total: Any = _LinearCrossEntropy.apply(x, weight, targets, rows, dtype, wanted, chunk or loss_of_chunk)
     return total
 
 
-def _chunk_rows(N: int, V: int, device: str) -> int:
+def chunk_rows(V: int, device: str) -> int:
+    """Rows of logits that are held at once."""
     kind = "cpu" if device == "cpu" else "cuda"
-    rows = max(1, min(CHUNK_ROWS[kind], CHUNK_BYTES[kind] // (4 * V)))
-    return max(rows, -(-N // COMPILED_CHUNKS)) if torch.compiler.is_compiling() else rows
+    return max(1, min(CHUNK_ROWS[kind], CHUNK_BYTES[kind] // (4 * V)))
+
+
+def loss_of_chunk(
+    x: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, x_wanted: bool, weight_grad: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Of some rows of x (n, D) and targets (n,): the summed loss, 0-dim fp32, and its gradient (n, D), where wanted.
+
+    That of the head (V, D), where wanted, is added to `weight_grad`.
+    """
+    scored = (targets != IGNORED)[:, None]
+    at = targets[:, None].where(scored, 0)
+    logits = F.linear(x, head).float()  # (n, V)
+    log_sum = logits.logsumexp(1, keepdim=True)
+    loss = (log_sum - logits.gather(1, at)).where(scored, 0).sum()
+    if not x_wanted and weight_grad is None:
+        return loss, None
+    # In place: probabilities, minus one at the target, zero where nothing is scored.
+    grad = logits.sub_(log_sum).exp_()
+    grad = grad.scatter_add_(1, at, torch.full_like(log_sum, -1)).mul_(scored).to(x.dtype)
+    if weight_grad is not None:
+        weight_grad += grad.mT @ x
+    return loss, grad @ head if x_wanted else None
+
+
+Chunk = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, bool, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]
+]
+"""`loss_of_chunk`, or what computes the same."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -70,29 +98,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows: int,
         dtype: torch.dtype,
         wanted: tuple[bool, bool],
+        chunk: Chunk,
     ) -> torch.Tensor:
-        head = weight.to(dtype)
+        x, head = x.detach(), weight.detach().to(dtype)  # a compiler asks the undetached for gradients
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         x_grads: list[torch.Tensor] = []
         weight_grad = torch.zeros_like(weight) if wanted[1] else None
         for x_rows, target_rows in zip(x.to(dtype).split(rows), targets.split(rows), strict=True):
-            scored = (target_rows != IGNORED)[:, None]
-            at = target_rows[:, None].where(scored, 0)
-            logits = F.linear(x_rows, head).float()  # (rows, V)
-            log_sum = logits.logsumexp(1, keepdim=True)
-            total += (log_sum - logits.gather(1, at)).where(scored, 0).sum()
-            if any(wanted):
-                # In place: probabilities, minus one at the target, zero where nothing is scored.
-                grad = logits.sub_(log_sum).exp_()
-                grad = grad.scatter_add_(1, at, torch.full_like(log_sum, -1)).mul_(scored).to(dtype)
-                if wanted[0]:
-                    x_grads.append((grad @ head).to(x.dtype))
-                if weight_grad is not None:
-                    weight_grad += grad.mT @ x_rows
+            loss, x_grad = chunk(x_rows, head, target_rows, wanted[0], weight_grad)
+            total += loss
+            if x_grad is not None:
+                x_grads.append(x_grad.to(x.dtype))
         ctx.save_for_backward(torch.cat(x_grads) if wanted[0] else None, weight_grad)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (scale,) = grads
-        return *(None if saved is None else saved * scale for saved in ctx.saved_tensors), None, None, None, None
+        return *(None if saved is None else saved * scale for saved in ctx.saved_tensors), None, None, None, None, None

@@ -86,7 +86,7 @@ class Silo:
         self.stream = open_stream(job, spec, self.corpora, read)
         self._learner = learner = Learner(job, spec, self.hardware, self.vocabulary.size)
         self.model, self.body = learner.model, learner.body
-        self._loss_of = torch.compile(self.model.loss) if self.hardware.compile else self.model.loss
+        self._loss_of = self.model.compiled_loss() if self.hardware.compile else self.model.loss
         if spec.gpu and job.inner.micro_batch is None:
             found = find_micro_batch(self.model, learner.optimizer.tensors, job, self.hardware, spec.gpu_part)
             self.hardware = replace(self.hardware, micro_batch=found)

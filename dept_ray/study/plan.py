@@ -111,15 +111,10 @@ def loss_bytes(num_rows: int, vocabulary_size: int, width: int) -> int:
 
 
 def loss_rows(job: Job, num_tokens: int, vocabulary_size: int) -> int:
-    """Tokens in one chunk of the loss of `num_tokens`: more where it is compiled, so that the chunks are few."""
-    from dept_ray.silo.hardware import compile_pays
-    from dept_ray.silo.loss import CHUNK_BYTES, CHUNK_ROWS, COMPILED_CHUNKS
+    """Tokens in one chunk of the loss of `num_tokens`."""
+    from dept_ray.silo.loss import chunk_rows
 
-    device = "cuda" if job.resources.num_gpus else "cpu"
-    rows = max(1, min(CHUNK_ROWS[device], CHUNK_BYTES[device] // (FP32_BYTES * vocabulary_size)))
-    if compile_pays(job):
-        rows = max(rows, -(-num_tokens // COMPILED_CHUNKS))
-    return min(rows, num_tokens)
+    return min(chunk_rows(vocabulary_size, "cuda" if job.resources.num_gpus else "cpu"), num_tokens)
 
 
 def _value_bytes(job: Job) -> int:

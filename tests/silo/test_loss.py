@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dept_ray.silo.loss import CHUNK_BYTES, IGNORED, _chunk_rows, linear_cross_entropy
+from dept_ray.silo.loss import CHUNK_BYTES, IGNORED, chunk_rows, linear_cross_entropy, loss_of_chunk
 
 N, V, D = 37, 101, 16
 
@@ -80,5 +80,24 @@ def test_without_gradients_wanted_there_are_none() -> None:
 def test_a_chunk_stays_within_its_bytes() -> None:
     for device in ("cpu", "cuda"):
         for vocabulary in (300, 8192, 50_257, 250_112, 10**9):
-            rows = _chunk_rows(1 << 16, vocabulary, device)
+            rows = chunk_rows(vocabulary, device)
             assert rows == 1 or 4 * rows * vocabulary <= CHUNK_BYTES[device]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler: of torch.jit
+@pytest.mark.parametrize("wanted", ["both", "x", "nothing"])
+def test_a_compiled_chunk_is_the_chunk(wanted: str) -> None:
+    x, weight, targets = problem()
+    if wanted != "both":
+        weight = weight.detach()
+    compiled = torch.compile(loss_of_chunk, dynamic=False)
+    with torch.set_grad_enabled(wanted != "nothing"):
+        got = linear_cross_entropy(x, weight, targets, rows=8, chunk=compiled)  # the last of five rows
+        expected = linear_cross_entropy(x, weight, targets, rows=8)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    if wanted != "nothing":
+        inputs = [part for part in (x, weight) if part.requires_grad]
+        pairs = zip(torch.autograd.grad(got, inputs), torch.autograd.grad(expected, inputs), strict=True)
+        for ours, theirs in pairs:
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -383,11 +383,11 @@ def test_state_dicts_go_in_and_out_of_the_flat_vector(section: ModelSection) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler: of torch.jit and of autograd.Function
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler: of torch.jit
 @both
 def test_compiled_backward_passes_add_up_in_the_flat_gradient(section: ModelSection) -> None:
     usual, flattened, _, flat_grad = flat_twins(section)
-    compiled = torch.compile(flattened.loss)
+    compiled = flattened.compiled_loss()
     for rows in some_ids(6).split(2):
         usual.loss(rows[:, :-1], rows[:, 1:]).backward()
         compiled(rows[:, :-1], rows[:, 1:]).backward()
