@@ -85,8 +85,15 @@ def round_line(record: Record) -> Text:
         _label("round", record) + f"loss {record['loss']:.4f}   {human(rate)} tokens/s   "
         f"sent {human(sent['down'] + sent['up'], 'B')}   {record['seconds']:.1f} s{_mfu('   ', record)}"
     )
-    lines += [_filled("", f"{silo} left out: {reason}") for silo, reason in record["refused"].items()]
+    lines += [_filled("", told) for told in _losses(record)]
     return Text("\n".join(lines))
+
+
+def _losses(record: Record) -> list[str]:
+    """Who was lost in a round, for good or until it was made anew."""
+    again = [(name, silo) for name, silo in record["silos"].items() if silo.get("lost")]
+    told = [f"{name} made anew, {silo['steps']} steps since: {silo['lost']}" for name, silo in again]
+    return told + [f"{name} left out: {reason}" for name, reason in record["refused"].items()]
 
 
 def _mfu(before: str, record: Record) -> str:
@@ -117,7 +124,7 @@ def ledger_table(record: Record) -> Table:
         )  # fmt: skip
     rate = sum(_flops_per_s(silo) for silo in record["silos"].values())
     told = [f"while they trained: {human(rate, 'FLOP/s')}{_mfu(', ', record)}"] if rate else []
-    told += [f"{name} left out: {reason}" for name, reason in record["refused"].items()]
+    told += _losses(record)
     told += [
         f"{name} left out of attempt {each['attempt'] + 1}: {reason}"
         for each in record.get("failed", [])

@@ -171,6 +171,8 @@ class SiloUpdate:
     """How large its parameters and activations were at some steps (`silo.norms`)."""
     body_norm: float = 0.0
     """L2 norm of the body's delta."""
+    lost: str = ""
+    """Why the process that was asked first is gone, where the silo was made anew and asked again; its pool's word."""
     body: Delta | Held | None = None
     rows: Delta | Held | None = None
 
@@ -190,7 +192,7 @@ class SiloStatus:
 
     silo: str
     doing: str = "waiting"
-    """waiting, loading, scoring, training, saving or going ahead."""
+    """waiting, loading, scoring, compiling, training, saving or going ahead."""
     round: int = -1
     step: int = 0
     steps: int = 0

@@ -121,6 +121,12 @@ def test_a_silo_left_out_is_told_with_its_reason_as_it_is():
     assert all(len(line) < 80 for line in text.splitlines())
 
 
+def test_a_silo_that_was_made_anew_within_a_round_is_told_with_its_reason():
+    record = a_round(1)
+    record["silos"]["docs"] |= {"steps": 12, "lost": "SiloError: ActorDied"}
+    assert "docs made anew, 12 steps since: SiloError: ActorDied" in shown(round_line(record))
+
+
 def test_hardware_that_is_alike_is_told_once():
     assert hardware_line(dict.fromkeys(FOUR, "cpu, bf16")) == "4 silos       cpu, bf16: cpp, docs, maths, python"
     assert hardware_line({"a": "cuda", "b": "cpu"}).splitlines() == ["1 silo        cuda: a", "1 silo        cpu: b"]
@@ -317,12 +323,14 @@ def test_the_ledger_of_a_round_says_who_did_what_and_why_another_did_not():
     record["failed"] = [{"attempt": 0, "refused": {"hindi": "no answer"}}]
     for silo in record["silos"].values():
         silo |= {"norm": 12.345, "cosine": -0.271, "seconds": {"train": 3599.4, "send": 12.3, "wait": 0.04}}
+    record["silos"]["hindi"]["lost"] = "ActorDied"
     text = shown(ledger_table(record))
     assert max(map(len, text.splitlines())) <= 80
     (line,) = (line for line in text.splitlines() if line.startswith("indonesian"))
     figures = ["100", "3.210", "12.35", "-0.27", "3.00M", "3.00M", "3599.4", "12.3", "0.0"]
     assert line.split() == ["indonesian", *figures]
     for told in (
+        "hindi made anew, 100 steps since: ActorDied",
         "urdu left out: body: not finite", "hindi left out of attempt 1: no answer", "greek away: dropped",
     ):  # fmt: skip
         assert told in text

@@ -202,6 +202,10 @@ class Places:
                 break
         return set(self.actors) - set(self._opening)
 
+    def is_open(self, name: str) -> bool:
+        """Whether it can take an order, as far as is known here."""
+        return name in self.actors and name not in self._opening
+
     def revive(self, names: Iterable[str]) -> None:
         """Ask for a sign of life. Who is dead is made anew; who is silent is left alone until Ray decides."""
         refs = {self.actors[name].status.remote(): name for name in names}

@@ -7,7 +7,7 @@ once its arrays are: the deadline bounds the way home too. Where silos live is `
 
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +20,8 @@ from dept_ray.errors import DeptError, SiloError
 from dept_ray.messages import Delta, Held, RoundOrder, SiloCard, SiloStatus, SiloUpdate
 from dept_ray.on_ray.actors import explain
 from dept_ray.on_ray.places import LOOK_EVERY_S, Places
-from dept_ray.rounds.pool import Beside, Deadline, MakeSilo, Meanwhile, beside, nothing, specs_of, timed
+from dept_ray.rounds.pool import Deadline, MakeSilo, Meanwhile, beside, nothing, specs_of, timed
+from dept_ray.sections import FaultsSection
 from dept_ray.silo.silo import Silo
 
 TAKING_UP_S = 5.0
@@ -34,7 +35,6 @@ class _Call:
     refs: list[Any]
     """Meta, body, rows: what has not arrived yet."""
     all_refs: list[Any]
-    asked_at: float
     stopped_at: float | None = None
 
 
@@ -76,37 +76,16 @@ class RayPool:
     ) -> dict[str, SiloUpdate | Exception]:
         vectors = {id(v): v for order in orders.values() for v in (order.body, order.rows) if v is not None}
         stored = {key: ray.put(vector) for key, vector in vectors.items()}  # once for all who get the same
-        calls = {name: self._ask(order, stored) for name, order in orders.items()}
-        asked_at = {name: call.asked_at for name, call in calls.items()}
-        answers, at = dict[str, SiloUpdate | Exception](), dict[str, float]()
+        round = _Round(orders, self.places, lambda order, again: self._ask(order, stored, again), self.job.faults)
         with beside(meanwhile) as work:
-            self._await(orders, calls, deadline, work, answers, at)
-        self._hurried.clear()
-        return timed(answers, asked_at, at)
-
-    def _await(
-        self, orders: Mapping[str, RoundOrder], calls: dict[str, _Call], deadline: Deadline, work: Beside,
-        answers: dict[str, SiloUpdate | Exception], at: dict[str, float],
-    ) -> None:  # fmt: skip
-        """Until every call is answered or given up; what came, and when, goes into `answers` and `at`."""
-        began, looked = time.monotonic(), 0.0
-        while calls:
-            work.look()
-            ray.wait([call.refs[0] for call in calls.values()], timeout=LOOK_EVERY_S)
-            for name in [name for name, call in calls.items() if _arrived(call)]:
-                answers[name] = self._collect(name, calls.pop(name).all_refs)
-                at[name] = time.monotonic()
-                work.begin()
-            now = time.monotonic()
-            if calls and now - looked >= LOOK_EVERY_S:
-                looked = now
-                self.places.poll(calls)
-                if self._taken_up(orders, calls) or now - began > TAKING_UP_S:
+            while round.calls:
+                work.look()
+                if round.collect():
                     work.begin()
-                late = now - began > deadline([at[name] - began for name in at])
-                self._stop(orders, calls, calls if late or self._hurried.is_set() else self.places.leaving())
-                for name in self._given_up(calls, now):
-                    answers[name], at[name] = self._give_up(name, now - began), now
+                if round.look_after(deadline, self._hurried.is_set()):
+                    work.begin()
+        self._hurried.clear()
+        return timed(round.answers, round.asked_at, round.at)
 
     def hand_in(self) -> None:
         self._hurried.set()
@@ -124,16 +103,17 @@ class RayPool:
     def close(self) -> None:
         self.places.close()
 
-    # ------------------------------------------------------------------------------------------ parts of a round
-    def _ask(self, order: RoundOrder, stored: Mapping[int, Any]) -> _Call:
+    def _ask(self, order: RoundOrder, stored: Mapping[int, Any], again: bool) -> list[Any]:
+        """Send an order; what will be its answer. Who is asked `again` has made no steps ahead."""
         body, rows = stored.get(id(order.body)), stored.get(id(order.rows))
-        asked_at, silo = time.monotonic(), self.places.actors[order.silo]
-        self._end_ahead(order.silo, body, rows)
+        if not again:
+            self._end_ahead(order.silo, body, rows)
+        silo = self.places.actors[order.silo]
         refs = silo.obey.remote(order.without_arrays(), body, rows)
         if self.job.inner.ahead_steps and order.steps:
             silo.go_ahead.remote()
             self._obeyed[order.silo] = order.without_arrays()
-        return _Call(list(refs), list(refs), asked_at)
+        return list(refs)
 
     def _end_ahead(self, name: str, *until: Any) -> None:
         """Its steps ahead end when it has what they wait for, on its own node: by then the line is the slow part.
@@ -143,46 +123,132 @@ class RayPool:
         if (order := self._obeyed.pop(name, None)) is not None and name in self.places.actors:
             self.places.actors[name].stop.remote(order.round, order.attempt, *until)
 
-    def _collect(self, name: str, refs: list[Any]) -> SiloUpdate | Exception:
-        """One answer, or why there is none; who died is made anew while the others go on."""
+
+class _Round:
+    """The orders of a round on their way.
+
+    Who dies is made anew, and takes the same order once more while others are at theirs. It has the steps until they
+    are done, and is asked to hand in what it has by then: nobody waits for it any longer than for one step.
+
+    Args:
+        orders: by silo.
+        places: where silos live.
+        ask: sends an order, for the first time or again.
+        faults: for how long the mute are borne with.
+    """
+
+    def __init__(
+        self, orders: Mapping[str, RoundOrder], places: Places, ask: Callable[[RoundOrder, bool], list[Any]],
+        faults: FaultsSection,
+    ) -> None:  # fmt: skip
+        self._orders, self._places, self._ask, self._faults = orders, places, ask, faults
+        self._began, self._looked = time.monotonic(), 0.0
+        self.answers: dict[str, SiloUpdate | Exception] = {}
+        self.asked_at: dict[str, float] = {}
+        self.at: dict[str, float] = {}
+        """When each answer, or the lack of one, was there."""
+        self._lost: dict[str, str] = {}
+        """Who died, and why: once each."""
+        self._returning: set[str] = set()
+        """Those of them who are being made anew."""
+        self.calls = {name: self._call(name) for name in orders}
+        """Who has not answered yet."""
+
+    def collect(self) -> bool:
+        """Take what has arrived, once something has, or after a while; whether anything did."""
+        ray.wait([call.refs[0] for call in self.calls.values()], timeout=LOOK_EVERY_S)
+        arrived = [name for name, call in self.calls.items() if _arrived(call)]
+        for name in arrived:
+            self.answers[name] = self._answer(name, self.calls.pop(name).all_refs)
+            self.at[name] = time.monotonic()
+        return bool(arrived)
+
+    def look_after(self, deadline: Deadline, hurried: bool) -> bool:
+        """Those who are late, leave, are mute or come back; whether all have taken up their orders by now."""
+        now = time.monotonic()
+        if not self.calls or now - self._looked < LOOK_EVERY_S:
+            return False
+        self._looked = now
+        self._places.poll(self.calls)
+        took_s = [at - self._began for name, at in self.at.items() if name not in self._lost]
+        late = hurried or now - self._began > deadline(took_s)
+        self._stop(self.calls if late else self._places.leaving())
+        for name in self._given_up(now):
+            self.answers[name], self.at[name] = self._give_up(name, now), now
+        if not late:
+            self._ask_again()
+        if self.calls and self.calls.keys() <= self._lost.keys():
+            self._end_with_the_others()
+        return self._taken_up or now - self._began > TAKING_UP_S
+
+    def _call(self, name: str, again: bool = False) -> _Call:
+        self.asked_at[name] = time.monotonic()
+        refs = self._ask(self._orders[name], again)
+        return _Call(refs, list(refs))
+
+    def _answer(self, name: str, refs: list[Any]) -> SiloUpdate | Exception:
+        """What came, or why nothing did; who died is made anew while the others go on."""
         try:
             meta: Any = ray.get(refs[0])
             body, rows = map(_held, refs[1:])
         except RayError as err:
+            reason = explain(err)
             if not isinstance(err, RayTaskError):
-                self.places.revive([name])
-            return explain(err)
+                self._places.revive([name])
+                if name not in self._lost and not self._places.is_open(name):
+                    self._returning.add(name)
+                    self._lost[name] = f"{type(reason).__name__}: {reason}"
+            return reason
         for held in (body, rows):
             with suppress(DeptError):  # it is lost by now: who judges it will find that out
                 _ = held and held.norm  # measured while others are still on their way
-        return replace(meta, body=body, rows=rows)
+        return replace(meta, body=body, rows=rows, lost=self._lost.get(name, ""))
 
-    def _taken_up(self, orders: Mapping[str, RoundOrder], names: Iterable[str]) -> bool:
-        """Whether all of them have copied what they were sent: until then memory is theirs, and the next step waits."""
-        statuses = self.places.statuses()
+    def _ask_again(self) -> None:
+        """Give the order once more to who died and is back."""
+        if self._returning:
+            self._places.settle(0)
+        for name in [name for name in self._returning if self._places.is_open(name)]:
+            self._returning.remove(name)
+            self.calls[name] = self._call(name, again=True)
+
+    def _end_with_the_others(self) -> None:
+        """All others are done: who was asked again hands in what it has, or, without a step yet, is not waited for."""
+        self._stop(self.calls)
+        statuses = self._places.statuses()
+        for name in list(self.calls):
+            if statuses[name].doing not in ("training", "saving") or statuses[name].round != self._orders[name].round:
+                del self.calls[name]  # its answer is how it died
+
+    @property
+    def _taken_up(self) -> bool:
+        """Whether all have copied what they were sent: until then memory is theirs, and the next step waits."""
+        statuses = self._places.statuses()
         return all(
-            statuses[name].round == orders[name].round and statuses[name].doing in ("scoring", "training", "saving")
-            for name in names
+            statuses[name].round == self._orders[name].round
+            and statuses[name].doing in ("scoring", "compiling", "training", "saving")
+            for name in self.calls
         )
 
-    def _stop(self, orders: Mapping[str, RoundOrder], calls: Mapping[str, _Call], names: Any) -> None:
+    def _stop(self, names: Iterable[str]) -> None:
         """Ask silos, once each, to hand in what they have."""
         for name in names:
-            if name in calls and calls[name].stopped_at is None:
-                calls[name].stopped_at = time.monotonic()
-                self.places.actors[name].stop.remote(orders[name].round, orders[name].attempt)
+            if name in self.calls and self.calls[name].stopped_at is None:
+                self.calls[name].stopped_at = time.monotonic()
+                self._places.actors[name].stop.remote(self._orders[name].round, self._orders[name].attempt)
 
-    def _given_up(self, calls: dict[str, _Call], now: float) -> list[str]:
-        """Who was asked to hand in, and did not; takes them out of `calls`."""
-        mute = [n for n, call in calls.items() if call.stopped_at and now - call.stopped_at > self.job.faults.grace_s]
+    def _given_up(self, now: float) -> list[str]:
+        """Who was asked to hand in, and did not; takes them out of the calls."""
+        mute = [n for n, call in self.calls.items() if call.stopped_at and now - call.stopped_at > self._faults.grace_s]
         for name in mute:
-            del calls[name]
+            del self.calls[name]
         return mute
 
-    def _give_up(self, name: str, waited_s: float) -> SiloError:
+    def _give_up(self, name: str, now: float) -> SiloError:
         """Its answer, should it ever come, is to a question that nobody asks any more."""
-        self.places.place_anew(name)
-        return SiloError(f"late: no answer in {waited_s:.0f} s, {self.job.faults.grace_s:.0f} s of grace included")
+        self._places.place_anew(name)
+        grace_s = self._faults.grace_s
+        return SiloError(f"late: no answer in {now - self._began:.0f} s, {grace_s:.0f} s of grace included")
 
 
 def _arrived(call: _Call) -> bool:

@@ -12,7 +12,9 @@ A record of event "round" has
                 none)}, flops (operations that its steps needed), peak_flops (FLOP/s that its devices can do; 0 where
                 not known): MFU is flops / (seconds.train + seconds.ahead) / peak_flops; where measured,
                 norms {step, body, embedding, activation}: lists, L2 norms of the parameters before global steps, and
-                of the residual stream after the block where it is largest (mean over tokens)
+                of the residual stream after the block where it is largest (mean over tokens); where its process was
+                lost and another took the same order, for the steps that were left until the others had done theirs,
+                lost (why)
     refused     by silo: why its answer did not count
     failed      attempts before this one that found no quorum: a list of {attempt, refused}; absent if none
     away        by silo: why it takes no part (dropped, set aside, or it could not be made)
@@ -59,8 +61,10 @@ class Attempt:
         cls, orders: Mapping[str, RoundOrder], answers: Mapping[str, "SiloUpdate | Exception"], verdict: Verdict
     ) -> "Attempt":
         """Counts what was sent, whether it counted or not."""
-        up = {name: payload_bytes(answer) for name, answer in answers.items() if isinstance(answer, SiloUpdate)}
-        down = {name: payload_bytes(order) for name, order in orders.items()}
+        updates = {name: answer for name, answer in answers.items() if isinstance(answer, SiloUpdate)}
+        up = {name: payload_bytes(update) for name, update in updates.items()}
+        twice = {name for name, update in updates.items() if update.lost}
+        down = {name: payload_bytes(order) * (2 if name in twice else 1) for name, order in orders.items()}
         return cls(next(iter(orders.values())).attempt, verdict, down, up)
 
     @property
@@ -176,7 +180,7 @@ def _silo(down_bytes: int, up_bytes: int, update: SiloUpdate, moved: np.ndarray 
         "flops": update.flops,
         "peak_flops": update.peak_flops,
     }
-    return {**about, "norms": update.norms} if update.norms else about
+    return {**about, **{key: told for key, told in (("norms", update.norms), ("lost", update.lost)) if told}}
 
 
 def _cosine(delta: Delta | None, b: np.ndarray | None) -> float | None:

@@ -149,27 +149,18 @@ class LanguageModel(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Logits (B, T, V) of ids (B, T)."""
-        return F.linear(self.hidden(ids), self.embedding.tokens)
-
-    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
-        """What the head reads, (B, T, D)."""
-        return self.body(self.embedding(ids))
+        return F.linear(self.body(self.embedding(ids)), self.embedding.tokens)
 
     def loss(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Sum of cross-entropies in nats, 0-dim fp32, of the targets (B, T) that are not `IGNORED`."""
-        return self._loss(self.hidden(ids), targets, loss_of_chunk)
+        return self.loss_by(self.body, loss_of_chunk, ids, targets)
 
-    def compiled_loss(self) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """The same as `loss`, compiled: all that is before the head, and one chunk of the loss.
-
-        Not the two in one: the compiler would unroll the loop over chunks (8 of them took 19 s), and keeps nothing of a
-        graph with a gradient of our own in it (a second process: 14 s instead of 4).
-        """
-        hidden, chunk = torch.compile(self.hidden), torch.compile(loss_of_chunk, dynamic=False)
-        return lambda ids, targets: self._loss(hidden(ids), targets, chunk)
-
-    def _loss(self, hidden: torch.Tensor, targets: torch.Tensor, chunk: Chunk) -> torch.Tensor:
-        return linear_cross_entropy(hidden.flatten(0, 1), self.embedding.tokens, targets.flatten(), chunk=chunk)
+    def loss_by(
+        self, body: Callable[[torch.Tensor], torch.Tensor], chunk: Chunk, ids: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:
+        """The same by other ways to compute the body, and a chunk of the loss (`compiling`)."""
+        x = body(self.embedding(ids))
+        return linear_cross_entropy(x.flatten(0, 1), self.embedding.tokens, targets.flatten(), chunk=chunk)
 
 
 def initialise(module: nn.Module, generator: torch.Generator) -> None:

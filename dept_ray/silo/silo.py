@@ -19,6 +19,7 @@ import torch
 from dept_ray.config import Job
 from dept_ray.messages import RoundOrder, Score, SiloCard, SiloSpec, SiloStatus, SiloUpdate
 from dept_ray.silo.ahead import Ahead, expected_order, rebased
+from dept_ray.silo.compiling import compile_now, compiled_loss
 from dept_ray.silo.crew import Ranks, Start, start_processes
 from dept_ray.silo.donors import first_tables
 from dept_ray.silo.flops import flops_per_token
@@ -86,7 +87,8 @@ class Silo:
         self.stream = open_stream(job, spec, self.corpora, read)
         self._learner = learner = Learner(job, spec, self.hardware, self.vocabulary.size)
         self.model, self.body = learner.model, learner.body
-        self._loss_of = self.model.compiled_loss() if self.hardware.compile else self.model.loss
+        self._loss_of = compiled_loss(self.model) if self.hardware.compile else self.model.loss
+        self._to_compile = self.hardware.compile
         if spec.gpu and job.inner.micro_batch is None:
             found = find_micro_batch(self.model, learner.optimizer.tensors, job, self.hardware, spec.gpu_part)
             self.hardware = replace(self.hardware, micro_batch=found)
@@ -267,6 +269,13 @@ class Silo:
 
     def _steps(self, order: RoundOrder, team: Team, batches: Iterable[np.ndarray], made: Trained = NOTHING) -> Trained:
         """Steps of an order on some of its batches, as one of its ranks."""
+        if self._to_compile:
+            doing = self._status.doing
+            self._say("compiling", order)
+            batch = self.hardware.micro_batch, self.job.inner.context
+            compile_now(self._loss_of, self._learner.optimizer.tensors, batch, self.hardware.autocast)
+            self._to_compile = False
+            self._say(doing, order)
         spread(team, self._learner.optimizer, self.hardware.device)
         trained = train_steps(
             self.model,

@@ -174,6 +174,8 @@ class Story:
                 events += [Event(at, silo, what, why, bad=True) for silo, why in attempt["refused"].items()]
             events += [Event(at, silo, "answer refused or lost", why, bad=True)
                        for silo, why in record["refused"].items()]  # fmt: skip
+            events += [Event(at, name, f"made anew, {silo['steps']} steps since", silo["lost"], bad=True)
+                       for name, silo in record["silos"].items() if silo.get("lost")]  # fmt: skip
             away = record.get("away", {})
             # Who was dropped was dropped by people, which stands there already.
             events += [

@@ -13,7 +13,7 @@ import torch
 from nodes import until
 
 from dept_ray.config import Job
-from dept_ray.messages import RoundOrder, SiloUpdate
+from dept_ray.messages import RoundOrder, SiloStatus, SiloUpdate
 from dept_ray.method_names import METHOD_NAMES
 from dept_ray.metrics import Log
 from dept_ray.on_ray.places import LOOK_EVERY_S
@@ -186,27 +186,60 @@ def test_coded_rounds_on_ray_are_those_in_process_bit_for_bit(tiny: Make, method
     assert "body_residual" in state.tensors
 
 
-def test_a_silo_that_is_killed_is_left_out_once_and_made_anew(tiny: Make) -> None:
-    import ray
+class LosesCode:
+    """A run of two long rounds, in the first of which `code` is killed while all train."""
 
-    from dept_ray.on_ray.pool import RayPool
+    def __init__(self, job: Job) -> None:
+        from dept_ray.on_ray.pool import RayPool
 
-    job = tiny("spec", inner={"local_steps": 400}, rounds={"total": 2}, faults={"patience_s": 300})
-    pool = RayPool()
+        self.pool, self.records = RayPool(), list[dict[str, Any]]()
+        arguments = job, self.pool, RunStore(job), Log(self.records.append), Control()
+        self.rounds = threading.Thread(target=train, args=arguments, daemon=True)
+        self.rounds.start()
+        until(lambda: {status.doing for status in self.statuses().values()} == {"training"})
+        self.pid = self.statuses()["code"].pid
+        os.kill(self.pid, signal.SIGKILL)
 
-    def kill_code_while_it_trains() -> None:
-        while (status := pool.statuses().get("code")) is None or status.doing != "training":
-            time.sleep(0.05)
-        os.kill(ray.get(pool.places.actors["code"].status.remote()).pid, signal.SIGKILL)
+    def statuses(self) -> dict[str, SiloStatus]:
+        return {name: status for name, status in self.pool.statuses().items() if name in self.pool.cards}
 
-    killer = threading.Thread(target=kill_code_while_it_trains, daemon=True)
-    killer.start()
-    state, records = run(job, pool)
-    killer.join()
-    assert list(records[0]["refused"]) == ["code"]
-    assert "ActorDied" in records[0]["refused"]["code"]
-    assert set(records[1]["silos"]) == {"code", "latin", "numbers"}
-    assert [state.silos[n].rounds for n in ("code", "latin", "numbers")] == [1, 2, 2]
+    def others_hand_in(self) -> None:
+        for name in ("latin", "numbers"):
+            self.pool.places.actors[name].stop.remote(0, 0)
+
+    def end(self) -> list[dict[str, Any]]:
+        """The second round is handed in once all train; the records of both."""
+        until(lambda: {(s.round, s.doing) for s in self.statuses().values()} == {(1, "training")})
+        self.pool.hand_in()
+        self.rounds.join()
+        self.pool.close()
+        return self.records[:2]
+
+
+def test_a_silo_that_is_killed_takes_its_order_again_while_others_train(tiny: Make) -> None:
+    """It hands in what it has when they are done, and its text is read from where it was."""
+    run = LosesCode(tiny("glob", inner={"local_steps": 40_000}, rounds={"total": 2, "score_every": 0}))
+    until(lambda: (code := run.statuses()["code"]).pid not in (0, run.pid) and code.step > 0)
+    run.others_hand_in()
+    first, second = run.end()
+    assert first["refused"] == second["refused"] == {}
+    code = first["silos"]["code"]
+    assert "ActorDied" in code["lost"]
+    assert 0 < code["steps"] < 40_000
+    assert code["tokens"] == code["steps"] * 4 * 32
+    assert code["down_bytes"] == 2 * first["silos"]["latin"]["down_bytes"]
+    assert all("lost" not in silo for silo in (first["silos"]["latin"], *second["silos"].values()))
+
+
+def test_a_silo_that_is_killed_too_late_is_left_out_once_and_made_anew(tiny: Make) -> None:
+    """Nobody waits for who has not begun to train again when the others are done."""
+    inner, faults = {"local_steps": 40_000}, {"patience_s": 300}
+    run = LosesCode(tiny("spec", inner=inner, rounds={"total": 2, "score_every": 0}, faults=faults))
+    run.others_hand_in()
+    first, second = run.end()
+    assert list(first["refused"]) == ["code"]
+    assert "ActorDied" in first["refused"]["code"]
+    assert set(second["silos"]) == {"code", "latin", "numbers"}
 
 
 def test_a_late_silo_hands_in_what_it_has_and_one_that_cannot_is_made_anew(tiny: Make) -> None:
