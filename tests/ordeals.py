@@ -132,7 +132,7 @@ def comparable(records: list[dict[str, Any]]) -> list[Any]:
         left_out = ("time", "seconds", "attempt", "refused", "failed", "away", "sent_bytes")
         line = {key: value for key, value in record.items() if key not in left_out}
         if record["event"] == "round":
-            cost = ("seconds", "down_bytes")  # who was made anew is told more than who was not
+            cost = ("seconds", "down_bytes", "lost")  # who was made anew is told more than who was not
             line["silos"] = {n: {k: v for k, v in s.items() if k not in cost} for n, s in record["silos"].items()}
         kept.append(line)
     return kept

@@ -2,7 +2,8 @@
 
 Others: DiLoCo over gloo, written plainly, and Flower's simulation engine, which is installed from the package registry
 into a venv of its own under the benchmark's folder. Ours is GLOB with Nesterov outside, which sends what they send.
-Also told: bytes sent in a round, the workers' memory at its peak, and how long the first round took from the start.
+Also told: bytes sent in a round, the workers' memory at its peak, and how long the first round took from the start,
+with nothing compiled before.
 
 In the end each side in turn loses a worker in the middle of a round (`crash`). Ours and Flower's engine are left to
 themselves; DiLoCo has nobody who would see it, so an operator's loop, as torchrun is one, starts all workers anew.
@@ -38,13 +39,18 @@ def bench(asked: argparse.Namespace) -> Iterator[Ratio]:
     files = ["--tokens", *(training_tokens(job, source.name) for source in job.sources)]
     notes = asked.folder / "steps" / name
     ray = [HERE / "ray_run.py", *common, "--folder", asked.folder, "--name", name, "--silos", str(WORKERS)]
+
+    def compiled(side: str) -> dict[str, str]:  # nobody finds on disk what another run, or side, has compiled
+        return {"TORCHINDUCTOR_CACHE_DIR": str(asked.folder / "compiled" / name / side)}
+
+    diloco = [HERE / "diloco.py", *common, *files, "--notes", notes / "diloco"]
     makers: list[Callable[[], Side]] = [
-        lambda: Side("dept_ray", [*ray, "--method", "glob", "--outer", "nesterov"]),
-        lambda: Side("DiLoCo over gloo", [HERE / "diloco.py", *common, *files, "--notes", notes / "diloco"], MALLOC),
+        lambda: Side("dept_ray", [*ray, "--method", "glob", "--outer", "nesterov"], compiled("ours")),
+        lambda: Side("DiLoCo over gloo", diloco, MALLOC | compiled("diloco")),
     ]
     if asked.flower and (python := flower_python(asked.folder / "flower")) is not None:
         flower = [HERE / "flower.py", *common, *files, "--notes", notes / "flower"]
-        makers.append(lambda: Side("Flower simulation", flower, MALLOC, python))
+        makers.append(lambda: Side("Flower simulation", flower, MALLOC | compiled("flower"), python))
     with taking_turns(asked.repeats, *makers) as sides:
         ours, *others = sides
         for other in others:

@@ -4,10 +4,12 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from nodes import until
@@ -18,16 +20,18 @@ from dept_ray.method_names import METHOD_NAMES
 from dept_ray.metrics import Log
 from dept_ray.on_ray.places import LOOK_EVERY_S
 from dept_ray.rounds.control import Control
+from dept_ray.rounds.folder import load_round, run_folder
 from dept_ray.rounds.pool import LocalPool, SiloPool
 from dept_ray.rounds.state import RunState
 from dept_ray.rounds.store import RunStore
 from dept_ray.rounds.train import train
+from dept_ray.silo.silo import Silo
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_here")]
 Make = Callable[..., Job]
 
 
-def run(job: Job, pool: SiloPool, stop_after: int | None = None) -> tuple[RunState, list[dict[str, Any]]]:
+def run_through(job: Job, pool: SiloPool, stop_after: int | None = None) -> tuple[RunState, list[dict[str, Any]]]:
     """Train with a pool; its state and records."""
     control, records = Control(), list[dict[str, Any]]()
 
@@ -111,7 +115,6 @@ def test_a_round_is_written_when_the_next_one_is_taken_up(
 ) -> None:
     """Until then memory is the silos', for who waits for it makes all wait; but not for ever."""
     from dept_ray.on_ray import pool as room
-    from dept_ray.silo.silo import Silo
 
     class Slow(Silo):
         def obey(self, order: RoundOrder) -> SiloUpdate:
@@ -160,10 +163,10 @@ def test_stopped_and_resumed_on_ray_equals_uninterrupted_in_process_bit_for_bit(
     from dept_ray.on_ray.pool import RayPool
 
     inner = {"ahead_steps": 2 if method == "glob" else 0}
-    expected, expected_records = run(tiny(method, at="here", inner=inner), LocalPool())
+    expected, expected_records = run_through(tiny(method, at="here", inner=inner), LocalPool())
     job = tiny(method, at="there", inner=inner)
-    _, first = run(job, RayPool(), stop_after=1)
-    state, second = run(job, RayPool())
+    _, first = run_through(job, RayPool(), stop_after=1)
+    state, second = run_through(job, RayPool())
     assert [r["round"] for r in first] == [1, 2]  # which was in progress when round 1 had been committed
     assert curve(first + second) == curve(expected_records)
     assert state.tensors.keys() == expected.tensors.keys()
@@ -179,8 +182,8 @@ def test_coded_rounds_on_ray_are_those_in_process_bit_for_bit(tiny: Make, method
     from dept_ray.on_ray.pool import RayPool
 
     wire = {"codec": codec}
-    expected, expected_records = run(tiny(method, at="here", wire=wire), LocalPool())
-    state, records = run(tiny(method, at="there", wire=wire), RayPool())
+    expected, expected_records = run_through(tiny(method, at="here", wire=wire), LocalPool())
+    state, records = run_through(tiny(method, at="there", wire=wire), RayPool())
     assert curve(records) == curve(expected_records)  # bytes too: every silo holds what it was told before
     assert all(torch.equal(state.tensors[name], tensor) for name, tensor in expected.tensors.items())
     assert "body_residual" in state.tensors
@@ -192,7 +195,13 @@ class LosesCode:
     def __init__(self, job: Job) -> None:
         from dept_ray.on_ray.pool import RayPool
 
-        self.pool, self.records = RayPool(), list[dict[str, Any]]()
+        class Paced(Silo):
+            def _batches(self, order: RoundOrder, made: int = 0) -> Iterator[np.ndarray]:
+                for batch in super()._batches(order, made):
+                    yield batch
+                    time.sleep(0.05)
+
+        self.pool, self.records = RayPool(make=Paced), list[dict[str, Any]]()
         arguments = job, self.pool, RunStore(job), Log(self.records.append), Control()
         self.rounds = threading.Thread(target=train, args=arguments, daemon=True)
         self.rounds.start()
@@ -217,8 +226,9 @@ class LosesCode:
 
 
 def test_a_silo_that_is_killed_takes_its_order_again_while_others_train(tiny: Make) -> None:
-    """It hands in what it has when they are done, and its text is read from where it was."""
-    run = LosesCode(tiny("glob", inner={"local_steps": 40_000}, rounds={"total": 2, "score_every": 0}))
+    """It hands in what it has when they are done; to the bit as if it had been asked no sooner."""
+    long: dict[str, Any] = {"inner": {"local_steps": 40_000}, "rounds": {"total": 2, "score_every": 0}}
+    run = LosesCode(job := tiny("glob", at="there", **long))
     until(lambda: (code := run.statuses()["code"]).pid not in (0, run.pid) and code.step > 0)
     run.others_hand_in()
     first, second = run.end()
@@ -229,6 +239,15 @@ def test_a_silo_that_is_killed_takes_its_order_again_while_others_train(tiny: Ma
     assert code["tokens"] == code["steps"] * 4 * 32
     assert code["down_bytes"] == 2 * first["silos"]["latin"]["down_bytes"]
     assert all("lost" not in silo for silo in (first["silos"]["latin"], *second["silos"].values()))
+
+    class HandsIn(Silo):
+        def _batches(self, order: RoundOrder, made: int = 0) -> Iterator[np.ndarray]:
+            return islice(super()._batches(order, made), (first, second)[order.round]["silos"][order.silo]["steps"])
+
+    expected, _ = run_through(tiny("glob", at="here", **long), LocalPool(make=HandsIn))
+    state, _ = load_round(run_folder(job), 2)
+    assert all(torch.equal(state.tensors[name], tensor) for name, tensor in expected.tensors.items())
+    assert {n: s.position for n, s in state.silos.items()} == {n: s.position for n, s in expected.silos.items()}
 
 
 def test_a_silo_that_is_killed_too_late_is_left_out_once_and_made_anew(tiny: Make) -> None:
@@ -258,7 +277,7 @@ def test_a_late_silo_hands_in_what_it_has_and_one_that_cannot_is_made_anew(tiny:
 
     freezer = threading.Thread(target=freeze_code_in_the_second_round, daemon=True)
     freezer.start()
-    state, records = run(job, pool)
+    state, records = run_through(job, pool)
     freezer.join()
     first, second = records[:2]
     assert set(first["silos"]) == {"code", "latin", "numbers"}
@@ -275,7 +294,7 @@ def test_an_error_in_a_silo_comes_back_as_our_own(tiny: Make) -> None:
 
     job = tiny("spec", inner={"batch_size": 4096})
     with pytest.raises(SiloError, match=r"fewer than one batch \(inner\.batch_size = 4096\)"):
-        run(job, RayPool())
+        run_through(job, RayPool())
 
 
 def test_a_newcomer_that_was_being_prepared_when_the_coordinator_died_still_joins(prepared, tmp_path) -> None:
