@@ -150,30 +150,17 @@ def pack(task: Task) -> None:
     if done.exists():
         return
     tokenizer = open_tokenizer(task.folder / "tokenizer.json")
-    text_bytes = 0
-
-    def encoded() -> Iterator[np.ndarray]:
-        nonlocal text_bytes
-        batch: list[str] = []
-        for text in read_part(task.text / f"{task.part}.parquet"):
-            text_bytes += len(text.encode())
-            batch.append(text)
-            if len(batch) == 256:
-                yield from _encode(tokenizer, batch)
-                batch = []
-        yield from _encode(tokenizer, batch)
-
+    texts = list(read_part(task.text / f"{task.part}.parquet"))
+    # All of them at once: in many short batches cores wait for the longest text of each.
+    # encode_batch_fast skips offsets; special tokens of a loaded tokenizer are not wanted: shards place their own.
+    encodings, dtype = tokenizer.encode_batch_fast(texts, add_special_tokens=False), _dtype(vocabulary_size(tokenizer))
+    documents = (np.fromiter(encoding.ids, dtype, len(encoding)) for encoding in encodings)
     tokens, counts, found = shards.write_shard(
-        task.folder / f"{task.part}.tokens", encoded(), end_of_text(tokenizer), _dtype(vocabulary_size(tokenizer))
+        task.folder / f"{task.part}.tokens", documents, end_of_text(tokenizer), dtype
     )
+    text_bytes = sum(len(text.encode()) for text in texts)
     about = {"tokens": str(tokens), "checksum": found, "text_bytes": str(text_bytes)}
     shards.write_atomically(done, save({"counts": counts}, metadata=about))
-
-
-def _encode(tokenizer: "Tokenizer", texts: list[str]) -> Iterator[np.ndarray]:
-    # encode_batch_fast skips offsets; special tokens of a loaded tokenizer are not wanted: shards place their own.
-    for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
-        yield np.array(encoding.ids, dtype=np.uint32)
 
 
 def _dtype(vocabulary: int) -> str:
