@@ -27,6 +27,9 @@ from dept_ray.silo.silo import Silo
 TAKING_UP_S = 5.0
 """How long what is done meanwhile waits for silos to take up their orders: who takes longer waits for a line."""
 
+BEFORE_TRAINING = ("loading", "scoring", "compiling")
+"""What a silo does of an order before its first step."""
+
 
 @dataclass
 class _Call:
@@ -104,7 +107,7 @@ class RayPool:
         self.places.close()
 
     def _ask(self, order: RoundOrder, stored: Mapping[int, Any], again: bool) -> list[Any]:
-        """Send an order; what will be its answer. Who is asked `again` has made no steps ahead."""
+        """Send an order; what will be its answer. Who is asked `again` has no steps ahead to end."""
         body, rows = stored.get(id(order.body)), stored.get(id(order.rows))
         if not again:
             self._end_ahead(order.silo, body, rows)
@@ -213,11 +216,12 @@ class _Round:
             self.calls[name] = self._call(name, again=True)
 
     def _end_with_the_others(self) -> None:
-        """All others are done: who was asked again hands in what it has, or, without a step yet, is not waited for."""
-        self._stop(self.calls)
+        """All others are done: who was asked again hands in what it has, or, if it has not begun, is not waited for."""
         statuses = self._places.statuses()
-        for name in list(self.calls):
-            if statuses[name].doing not in ("training", "saving") or statuses[name].round != self._orders[name].round:
+        for name in [name for name, call in self.calls.items() if call.stopped_at is None]:
+            status, round = statuses[name], self._orders[name].round
+            self._stop([name])
+            if status.round < round or (status.round == round and status.doing in BEFORE_TRAINING):
                 del self.calls[name]  # its answer is how it died
 
     @property

@@ -62,7 +62,7 @@ def one_before_the_others(lock: Path | None = None) -> Iterator[None]:
     Args:
         lock: a file that all of them can write; None: one of this user's.
     """
-    with open(lock or Path(tempfile.gettempdir()) / f"dept-ray-compiles-{os.getuid()}", "w") as file:
+    with open(lock or Path(tempfile.gettempdir()) / f"dept-ray-compiles-{os.getuid()}", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -259,6 +260,30 @@ def test_a_silo_that_is_killed_too_late_is_left_out_once_and_made_anew(tiny: Mak
     assert list(first["refused"]) == ["code"]
     assert "ActorDied" in first["refused"]["code"]
     assert set(second["silos"]) == {"code", "latin", "numbers"}
+
+
+def test_who_was_asked_again_is_waited_for_if_it_has_begun() -> None:
+    """Who has answered since, and goes ahead or waits, has begun; nobody is judged twice."""
+    from dept_ray.on_ray.pool import _Round
+
+    doing = {
+        "opening": (-1, "opening"), "loading": (4, "loading"), "compiling": (4, "compiling"), "behind": (3, "waiting"),
+        "training": (4, "training"), "saving": (4, "saving"), "answered": (4, "waiting"), "ahead": (5, "going ahead"),
+    }  # fmt: skip
+    stopped = list[str]()
+    names, orders = sorted(doing), {name: SimpleNamespace(round=4, attempt=0) for name in doing}
+    silo = lambda name: SimpleNamespace(stop=SimpleNamespace(remote=lambda *_: stopped.append(name)))  # noqa: E731
+    places = SimpleNamespace(
+        actors={name: silo(name) for name in doing},
+        statuses=lambda: {name: SiloStatus(name, what, round) for name, (round, what) in doing.items()},
+    )
+    round: Any = _Round(orders, places, lambda order, again: [None], None)  # pyright: ignore[reportArgumentType]
+    round._end_with_the_others()
+    assert sorted(stopped) == names
+    assert sorted(round.calls) == ["ahead", "answered", "saving", "training"]
+    doing["training"] = 4, "loading"
+    round._end_with_the_others()
+    assert "training" in round.calls
 
 
 def test_a_late_silo_hands_in_what_it_has_and_one_that_cannot_is_made_anew(tiny: Make) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from head import below
 from nodes import until
-from test_pool import run
+from test_pool import run_through
 
 from dept_ray.config import Job
 
@@ -32,9 +32,9 @@ def test_a_run_with_a_silo_of_two_ranks_equals_one_of_single_ones(tiny: Make) ->
     from dept_ray.on_ray.pool import RayPool
     from dept_ray.rounds.pool import LocalPool
 
-    expected, expected_records = run(mixed(tiny, "here", 1), LocalPool())
+    expected, expected_records = run_through(mixed(tiny, "here", 1), LocalPool())
     pool = RayPool()
-    state, records = run(mixed(tiny, "there", 2, shard="always"), pool)
+    state, records = run_through(mixed(tiny, "there", 2, shard="always"), pool)
     assert pool.cards["code"].hardware.endswith("2 ranks, moments in 2 parts")
     assert [r["loss"] for r in records[:3]] == pytest.approx([r["loss"] for r in expected_records[:3]], rel=1e-5)
     assert {n: (s.position, s.tokens) for n, s in state.silos.items()} == {
@@ -64,7 +64,7 @@ def test_whichever_rank_is_killed_the_silo_fails_once_and_goes_on(tiny: Make) ->
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    _, records = run(job, pool)
+    _, records = run_through(job, pool)
     killer.join(1)
     assert [list(r["refused"]) for r in records[:4]] == [[], ["code"], ["code"], []]
     assert "rank" in records[1]["refused"]["code"]
