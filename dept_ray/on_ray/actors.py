@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from dept_ray.rounds.pool import MakeSilo
     from dept_ray.silo.silo import Silo
 
+PREDECESSOR_S = 60.0
+"""How long a coordinator that Ray has started again waits for the one before it: a node that is taken for dead may
+live for a while, and holds the run's folder as long."""
+
 
 class SiloActor:
     """One silo in a process of its own. It opens when asked for its card, so that what is wrong comes back whole."""
@@ -121,8 +125,8 @@ class CoordinatorActor:
 
         keep_freed_memory()
         self.job, self.leave = Job.model_validate_json(job), leave
-        again = ray.get_runtime_context().was_current_actor_reconstructed
-        self.control, self.pool = Control(bool(again)), MailboxPool() if self.job.regions.mailbox else RayPool(cores)
+        self.again = bool(ray.get_runtime_context().was_current_actor_reconstructed)
+        self.control, self.pool = Control(self.again), MailboxPool() if self.job.regions.mailbox else RayPool(cores)
         self.phase, self.error = "starting", ""
         self.records: list[Record] = []
         self._asked_for: tuple[list[Change], Job] = ([], self.job)
@@ -221,7 +225,7 @@ class CoordinatorActor:
         board = store = None
         try:
             store = RunStore(self.job)
-            store.hold(address=ray.get_runtime_context().gcs_address)
+            store.hold(PREDECESSOR_S if self.again else 0.0, address=ray.get_runtime_context().gcs_address)
             self.records = store.history()
             stands = store.stands()
             self.control.begin(stands.round, stands.heard, store)

@@ -28,6 +28,8 @@ from dept_ray.metrics import Record, finite, read_records
 from dept_ray.rounds.folder import committed, in_progress, layout_fingerprint, load_round, read_manifest, run_folder
 from dept_ray.text.shards import write_atomically
 
+_LOOK_EVERY_S = 0.1
+
 if TYPE_CHECKING:
     from dept_ray.rounds.state import RunState
 
@@ -83,21 +85,23 @@ class RunStore:
                 "give this job another `name`, or delete the folder"
             )
 
-    def hold(self, **where: Any) -> None:
+    def hold(self, patience_s: float = 0.0, **where: Any) -> None:
         """Say that the run is in progress here, until `let_go` or this process's end.
 
         Args:
+            patience_s: how long to wait for who holds it now.
             where: told to others, such as the address of the Ray cluster.
 
         Raises:
             RunError: it is in progress elsewhere.
         """
         lock = open(self.folder / "lock", "a")  # noqa: SIM115 - its lifetime is the point
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.close()
-            raise RunError(f"run {self.job.name} is in progress ({in_progress(self.folder)})") from None
+        until = time.monotonic() + patience_s
+        while not _locked(lock):
+            if time.monotonic() >= until:
+                lock.close()
+                raise RunError(f"run {self.job.name} is in progress ({in_progress(self.folder)})")
+            time.sleep(_LOOK_EVERY_S)
         self._lock = lock
         lives = self.folder / "lives"
         try:
@@ -274,6 +278,15 @@ class RunStore:
             records = sorted([*before, *changed, last], key=lambda r: (r["round"], r["event"] == "change"))
         write_atomically(self.metrics, "".join(json.dumps(finite(record)) + "\n" for record in records).encode())
         return records
+
+
+def _locked(file: IO[str]) -> bool:
+    """Whether it is this file's now; others may hold it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -33,31 +33,6 @@ CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 """Upper bound of a chunk in fp32, which makes rows fewer from V = 131,072 (CPU) or 65,536 (CUDA) on."""
 
 
-def linear_cross_entropy(
-    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int | None = None, chunk: "Chunk | None" = None
-) -> torch.Tensor:
-    """Sum of -log softmax(x weight^T)[target] in nats over the targets that are not `IGNORED`.
-
-    x: (N, D), weight: (V, D), targets: (N,) int64 -> 0-dim fp32. Products are computed in autocast's dtype where it is
-    on, all else in fp32; gradients have the dtypes of x and weight. `rows` overrides how many rows make a chunk,
-    `chunk` what computes one: `loss_of_chunk`, or its compiled twin.
-    """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    if rows is None:
-        rows = chunk_rows(weight.shape[0], device)
-    training = torch.is_grad_enabled()
-    wanted = (training and x.requires_grad, training and weight.requires_grad)
-    total: Any = _LinearCrossEntropy.apply(x, weight, targets, rows, dtype, wanted, chunk or loss_of_chunk)
-    return total
-
-
-def chunk_rows(V: int, device: str) -> int:
-    """Rows of logits that are held at once."""
-    kind = "cpu" if device == "cpu" else "cuda"
-    return max(1, min(CHUNK_ROWS[kind], CHUNK_BYTES[kind] // (4 * V)))
-
-
 def loss_of_chunk(
     x: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, x_wanted: bool, weight_grad: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -84,6 +59,35 @@ Chunk = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, bool, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]
 ]
 """`loss_of_chunk`, or what computes the same."""
+
+
+def linear_cross_entropy(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    rows: int | None = None,
+    chunk: Chunk = loss_of_chunk,
+) -> torch.Tensor:
+    """Sum of -log softmax(x weight^T)[target] in nats over the targets that are not `IGNORED`.
+
+    x: (N, D), weight: (V, D), targets: (N,) int64 -> 0-dim fp32. Products are computed in autocast's dtype where it is
+    on, all else in fp32; gradients have the dtypes of x and weight. `rows` overrides how many rows make a chunk,
+    `chunk` what computes one: `loss_of_chunk`, or its compiled twin.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if rows is None:
+        rows = chunk_rows(weight.shape[0], device)
+    training = torch.is_grad_enabled()
+    wanted = (training and x.requires_grad, training and weight.requires_grad)
+    total: Any = _LinearCrossEntropy.apply(x, weight, targets, rows, dtype, wanted, chunk)
+    return total
+
+
+def chunk_rows(V: int, device: str) -> int:
+    """Rows of logits that are held at once."""
+    kind = "cpu" if device == "cpu" else "cuda"
+    return max(1, min(CHUNK_ROWS[kind], CHUNK_BYTES[kind] // (4 * V)))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

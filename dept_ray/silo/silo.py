@@ -40,6 +40,8 @@ from dept_ray.text.shards import Corpus, open_corpus
 from dept_ray.text.stream import Position, Read
 from dept_ray.text.tokenizer import Vocabulary
 
+NEVER = (-1, -1)
+"""The round and attempt that nobody stops."""
 NOWHERE = "nowhere"
 """What memory is after before it was loaded, or while it trains: equal to no snapshot."""
 
@@ -97,7 +99,7 @@ class Silo:
         """What is shared as it was at the end of the last round, where steps are made ahead of their order."""
         self._expected: RoundOrder | None = None
         self._ahead: Ahead | None = None
-        self._stop_at: tuple[int, int] | None = None
+        self._stop_at = NEVER
         self._ranks = Ranks(job, replace(spec, shard=self.hardware.shard), start)
         # What a run begins from is not on every silo's machine: it comes with the first order.
         draws = job.wire.codec != "fp32" and job.init.origin is None
@@ -125,11 +127,11 @@ class Silo:
         return replace(self._status, holds=self._wire.holds)
 
     def stop(self, round: int, attempt: int) -> None:
-        """Ask the training of that round to hand in what it has, or the steps that were begun after it to end.
+        """Ask the training of that round, or of one before, to hand in what it has, or steps begun after it to end.
 
-        May be called from another thread.
+        May be called from another thread. What was asked sooner may be heard later, and takes nothing back.
         """
-        self._stop_at = (round, attempt)
+        self._stop_at = max(self._stop_at, (round, attempt))
 
     def obey(self, order: RoundOrder) -> SiloUpdate:
         """Train (or only score) as ordered.
@@ -166,7 +168,7 @@ class Silo:
             trained = self._train(order, shared, ahead)
         if ahead is not None:
             seconds["ahead"] = ahead.seconds
-        self._stop_at = None
+        self._stop_at = NEVER
         position = self.stream.advance(order.position, trained.steps)
         self._say("saving", order)
         with self._timed("code", seconds):
@@ -294,7 +296,7 @@ class Silo:
                 embedding_period=order.steps if self.spec.reset_embedding else None,
                 frozen_steps=order.frozen_steps,
             ),
-            should_stop=lambda: team.any(self._stop_at == (order.round, order.attempt)),
+            should_stop=lambda: team.any(self._stop_at >= (order.round, order.attempt)),
             watch=lambda step, loss, rate: self._say(
                 self._status.doing, order, step=step, loss=loss, tokens_per_s=rate
             ),

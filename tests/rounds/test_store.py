@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 
 import pytest
 import torch
@@ -212,6 +213,20 @@ def test_before_its_first_round_a_folder_is_claimed_by_the_job_as_mended(tiny, j
     save(RunStore(mended), 1)
     with pytest.raises(WrongRunError):
         RunStore(job)
+
+
+def test_who_is_patient_holds_a_run_when_it_is_let_go(job):
+    """A coordinator that Ray has started again may find the one before it still alive."""
+    first, second = RunStore(job), RunStore(job)
+    first.hold(address="here:1")
+    with pytest.raises(RunError, match="is in progress"):
+        second.hold(patience_s=0.3)
+    ends = threading.Timer(0.3, first.let_go)
+    ends.start()
+    second.hold(patience_s=60, address="there:2")
+    ends.join()
+    assert in_progress(first.folder)["address"] == "there:2"
+    second.let_go()
 
 
 def test_a_run_is_in_progress_once(job):

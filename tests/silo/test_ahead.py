@@ -138,6 +138,16 @@ def test_who_is_stopped_while_it_goes_ahead_makes_the_rest_under_the_order(open_
     assert sum(read) == 5  # one was read, and read again
 
 
+def test_who_is_stopped_in_a_later_round_does_not_go_ahead_for_longer(open_silo):
+    """The request may be here before the one that ends its steps ahead."""
+    silo = open_silo()
+    order, _ = obeyed(silo)
+    read = count_batches(silo)
+    silo.stop(order.round + 1, 0)
+    silo.go_ahead()
+    assert sum(read) == 2  # one was made, one read
+
+
 CHANGES: list[dict[str, Any]] = [
     {"lr": 3e-3}, {"steps": 3}, {"total_steps": 99}, {"ahead": 0}, {"frozen_steps": 2}, {"first_step": 7},
     {"ahead": 1},

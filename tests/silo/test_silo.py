@@ -223,11 +223,20 @@ def test_who_is_asked_to_stop_hands_in_what_it_has(tiny, open_silo, method):
     assert_same(silo.obey(following), short.obey(following))  # which reads on where it stopped
 
 
-def test_a_request_to_stop_another_attempt_is_not_heard(tiny, open_silo):
+def test_a_request_to_stop_an_earlier_attempt_is_not_heard(tiny, open_silo):
     job = tiny("spec")
     silo = open_silo(job)
-    stop_before_batch(silo, 1, round=0, attempt=1)
-    assert silo.obey(first_order(job, silo)).steps == 4
+    stop_before_batch(silo, 1, round=0, attempt=0)
+    assert silo.obey(dataclasses.replace(first_order(job, silo), attempt=1)).steps == 4
+
+
+def test_a_request_that_comes_late_takes_no_later_one_back(tiny, open_silo):
+    """Calls to an actor whose arguments are on their way are overtaken by others."""
+    job = tiny("spec")
+    silo = open_silo(job)
+    silo.stop(0, 1)
+    silo.stop(0, 0)
+    assert silo.obey(dataclasses.replace(first_order(job, silo), attempt=1)).steps == 1
 
 
 # ------------------------------------------------------------------------------------------------ opening
