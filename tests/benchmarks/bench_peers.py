@@ -110,8 +110,8 @@ def flower_python(folder: Path) -> Path | None:
     say("installing flwr[simulation] into a venv of its own")
     venv.create(folder, with_pip=True, clear=True)
     inside = folder / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
-    # torch is this environment's: the same build on both sides.
-    (inside / "zz_outside.pth").write_text(sysconfig.get_paths()["purelib"])
+    # torch is this environment's: the same build on both sides. What is installed from a checkout is found there.
+    (inside / "zz_outside.pth").write_text(f"{sysconfig.get_paths()['purelib']}\n{HERE.parents[1]}\n")
     done = subprocess.run(
         [str(python), "-m", "pip", "install", "--quiet", "flwr[simulation]"], capture_output=True, text=True
     )
