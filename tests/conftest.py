@@ -18,6 +18,22 @@ from dept_ray.config import Job
 from dept_ray.preparing import prepare
 
 
+STARTS_RAY = ("tests/on_ray/", "tests/study/test_bench.py", "tests/test_notebooks.py")
+"""Tests that start a Ray, or several."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One worker has all tests that start a Ray, one after the other: they share one, and a machine."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneRay(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "ray" if nodeid.startswith(STARTS_RAY) else nodeid.partition("::")[0]
+
+    return OneRay(config, log)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Threads that wait for each other on a shared machine make the smallest test take seconds."""
