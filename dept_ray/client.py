@@ -8,12 +8,13 @@ A run that is over is read from its folder; one in progress is asked.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dept_ray.config import Job
-from dept_ray.errors import ConfigError, RunError, StoreError
+from dept_ray.errors import ClusterError, ConfigError, RunError, StoreError
 from dept_ray.messages import Change, RunStatus
 from dept_ray.metrics import Record, read_records
 from dept_ray.preparing import begun, prepare
@@ -126,16 +127,17 @@ class Run:
     # ------------------------------------------------------------------------------------------ asking and telling
     def status(self) -> RunStatus:
         """How it is; from its folder where it is not in progress."""
-        if self._coordinator is not None:
-            return self._coordinator.status()
+        if (coordinator := self._coordinator) is not None:
+            with self._unless_over():
+                return coordinator.status()
         from dept_ray.rounds.folder import in_progress
 
         records = self.history()
         rounds = max((r["round"] for r in records), default=0)
-        phase = "finished" if any(r["event"] == "scores" for r in records) else "not in progress"
-        phase = "training" if in_progress(self.folder) is not None else phase
         file = self.folder / "error.txt"
         error = file.read_text() if file.exists() else ""
+        over = "finished" if any(r["event"] == "scores" for r in records) else "failed" if error else "not in progress"
+        phase = "training" if in_progress(self.folder) is not None else over
         return RunStatus(self.job.name, phase, rounds, self.job.rounds.total, error,
                          num_records=len(records))  # fmt: skip
 
@@ -148,7 +150,10 @@ class Run:
 
     def new_records(self, since: int) -> list[Record]:
         """Records from number `since` on."""
-        return self.history()[since:] if self._coordinator is None else self._coordinator.new_records(since)
+        if (coordinator := self._coordinator) is not None:
+            with self._unless_over():
+                return coordinator.new_records(since)
+        return self.history()[since:]
 
     def history(self) -> list[Record]:
         """All records; their fields are told in `rounds.ledger`."""
@@ -262,9 +267,10 @@ class Run:
 
     def stop(self, now: bool = False) -> None:
         """End after the round in progress is committed; `now`: its silos hand in what they have."""
-        if self._coordinator is not None:
-            self._coordinator.stop()
-            self._hurry(now)
+        if (coordinator := self._coordinator) is not None:
+            coordinator.stop()
+            with self._unless_over():
+                self._hurry(now)
 
     def pause(self, now: bool = False) -> None:
         """Hold after the round in progress; `now`: its silos hand in what they have."""
@@ -311,6 +317,18 @@ class Run:
     def bring_back(self, silo: str) -> None:
         """Let a silo that was dropped, or set aside, take part again."""
         self._live().change({"return": silo})
+
+    @contextmanager
+    def _unless_over(self) -> Iterator[None]:
+        """A detached run's coordinator leaves with the run: whoever asks it too late reads the folder from then on."""
+        from dept_ray.rounds.folder import told_end
+
+        try:
+            yield
+        except ClusterError:
+            if not told_end(self.folder):
+                raise
+            self._coordinator = None
 
     def _hurry(self, now: bool) -> None:
         if now:

@@ -17,7 +17,6 @@ from tiny import ready_job, tiny_job
 from dept_ray.config import Job
 from dept_ray.preparing import prepare
 
-
 STARTS_RAY = ("tests/on_ray/", "tests/study/test_bench.py", "tests/test_notebooks.py")
 """Tests that start a Ray, or several."""
 

@@ -107,8 +107,8 @@ class PoolContract:
 
         def hurry() -> None:
             while not done.is_set():
-                if any(silo.doing == "training" for silo in pool.statuses().values()):
-                    pool.hand_in()
+                if training := [silo.round for silo in pool.statuses().values() if silo.doing == "training"]:
+                    pool.hand_in(1 + max(training))
                 time.sleep(0.1)
 
         hand = threading.Thread(target=hurry, daemon=True)
@@ -123,6 +123,22 @@ class PoolContract:
         assert len(steps) == 6
         assert all(0 < each < 40_000 for each in steps)
         assert {n: s.tokens for n, s in state.silos.items()} == {n: s.position[n] * 16 for n, s in state.silos.items()}
+
+    def test_who_asks_too_late_for_a_round_to_be_handed_in_cuts_no_other_short(self, harness, prepared, tmp_path):
+        job = smallest(prepared, tmp_path, "spec", inner={"local_steps": 9}, rounds={"total": 3})
+        pool, records = harness.make({}, tmp_path / "notes"), list[dict[str, Any]]()
+        train_round = pool.run_round
+
+        def run_round(orders: Mapping[str, RoundOrder], *more: Any) -> dict[str, SiloUpdate | Exception]:
+            pool.hand_in(next(iter(orders.values())).round)  # it means the one before
+            return train_round(orders, *more)
+
+        pool.run_round = run_round
+        try:
+            train(job, pool, RunStore(job), records.append, Control())
+        finally:
+            pool.close()
+        assert {silo["steps"] for record in records[:3] for silo in record["silos"].values()} == {9}
 
     def test_the_ledger_says_where_the_time_went(self, harness, prepared, tmp_path):
         job = smallest(prepared, tmp_path, "spec", rounds={"total": 2, "score_every": 1})

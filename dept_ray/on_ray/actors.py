@@ -11,7 +11,7 @@ import os
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -167,7 +167,7 @@ class CoordinatorActor:
     async def hand_in(self) -> None:
         """End the round in progress now, with what its silos have."""
         if not self.control.paused:
-            self.pool.hand_in()
+            self.pool.hand_in(self.control.begun)
 
     async def resume(self) -> None:
         """Go on."""
@@ -242,15 +242,16 @@ class CoordinatorActor:
             phase, error = "failed", f"{type(err).__name__}: {err}"
         except Exception:  # noqa: BLE001 - a bug must reach the user, not die with this thread
             phase, error = "failed", traceback.format_exc()
-        if board is not None:
-            board.close()
-        self.pool.close()
-        if store is not None:
-            store.let_go()
+        for put_away in (board and board.close, self.pool.close, store and store.let_go):
+            try:
+                _ = put_away and put_away()
+            except Exception:  # noqa: BLE001 - what cannot be put away holds nothing else up
+                traceback.print_exc()
         self.phase, self.error = phase, error
         if self.leave:
             if error:
-                (run_folder(self.job) / "error.txt").write_text(error)
+                with suppress(OSError):  # the disk may be what it failed for
+                    (run_folder(self.job) / "error.txt").write_text(error)
             # Everything is on disk. Ray would restart an actor that merely exits; one that is killed stays dead.
             ray.kill(ray.get_runtime_context().current_actor)
 

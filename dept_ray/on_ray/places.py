@@ -170,8 +170,8 @@ class Places:
         long = {name: entry for name, entry in self._opening.items() if now - entry[1] > limit_s}
         if long:
             self.poll(long)
-        for name, (ref, _, wait) in long.items():
-            self._opening[name] = (ref, now, wait)  # and is looked at again after as long
+        for name, (ref, _, _) in long.items():
+            self._opening[name] = (ref, now, False)  # and is looked at again after as long; no round waits twice
             if self._statuses[name].pid:
                 ray.kill(self.actors[name])
                 self._try_again(name, SiloError(f"it did not open within faults.start_timeout_s = {limit_s:g}"), False)

@@ -5,7 +5,6 @@ values of their own, so they outlive their silo, and stay in the store until the
 once its arrays are: the deadline bounds the way home too. Where silos live is `places`.
 """
 
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -15,6 +14,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from dept_ray.codec import Moves
 from dept_ray.config import Job
 from dept_ray.errors import DeptError, SiloError
 from dept_ray.messages import Delta, Held, RoundOrder, SiloCard, SiloStatus, SiloUpdate
@@ -53,7 +53,8 @@ class RayPool:
 
     def __init__(self, cores: int | None = None, make: MakeSilo = Silo) -> None:
         self.cores, self.places = cores, Places(make)
-        self._hurried = threading.Event()
+        self._hurried = 0
+        """Rounds, from the first on, whose silos hand in what they have."""
         self._obeyed: dict[str, RoundOrder] = {}
         """By silo, its last order, where it may be making steps ahead of the next."""
 
@@ -80,18 +81,18 @@ class RayPool:
         vectors = {id(v): v for order in orders.values() for v in (order.body, order.rows) if v is not None}
         stored = {key: ray.put(vector) for key, vector in vectors.items()}  # once for all who get the same
         round = _Round(orders, self.places, lambda order, again: self._ask(order, stored, again), self.job.faults)
+        number = next(iter(orders.values())).round
         with beside(meanwhile) as work:
             while round.calls:
                 work.look()
                 if round.collect():
                     work.begin()
-                if round.look_after(deadline, self._hurried.is_set()):
+                if round.look_after(deadline, self._hurried > number):
                     work.begin()
-        self._hurried.clear()
         return timed(round.answers, round.asked_at, round.at)
 
-    def hand_in(self) -> None:
-        self._hurried.set()
+    def hand_in(self, rounds: int) -> None:
+        self._hurried = max(self._hurried, rounds)
 
     def rest(self) -> None:
         for name in list(self._obeyed):
@@ -198,7 +199,7 @@ class _Round:
             reason = explain(err)
             if not isinstance(err, RayTaskError):
                 self._places.revive([name])
-                if name not in self._lost and not self._places.is_open(name):
+                if name not in self._lost and not self._places.is_open(name) and _whole(self._orders[name]):
                     self._returning.add(name)
                     self._lost[name] = f"{type(reason).__name__}: {reason}"
             return reason
@@ -253,6 +254,11 @@ class _Round:
         self._places.place_anew(name)
         grace_s = self._faults.grace_s
         return SiloError(f"late: no answer in {now - self._began:.0f} s, {grace_s:.0f} s of grace included")
+
+
+def _whole(order: RoundOrder) -> bool:
+    """Whether one who holds nothing can obey it: not where a codec's steps go on from what is held."""
+    return not any(isinstance(vector, Moves) for vector in (order.body, order.rows))
 
 
 def _arrived(call: _Call) -> bool:

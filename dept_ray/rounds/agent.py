@@ -215,7 +215,7 @@ class Agent:
 
     def _train(self, number: int, orders: dict[str, RoundOrder]) -> None:
         assert self.pool is not None
-        with self._meanwhile(f"{self.opening}-{number}"):
+        with self._meanwhile(f"{self.opening}-{number}", 1 + max(order.round for order in orders.values())):
             there = {silo: orders[silo] for silo in orders.keys() & self.pool.ready()}
             answers: dict[str, Any] = dict.fromkeys(orders.keys() - there, SiloError("its region cannot place it now"))
             try:
@@ -235,11 +235,18 @@ class Agent:
             opening, number, _ = name.removeprefix("update-").split("-", 2)
             if f"{opening}-{number}" in orders:
                 answer = self._answers[name]
-                if isinstance(answer, SiloUpdate):  # its deltas may lie in the region's object store
-                    answer = replace(answer, body=answer.delta("body"), rows=answer.delta("rows"))
+                if isinstance(answer, SiloUpdate):
+                    answer = self._whole(answer)
                 self.box.write(f"{self.name}/{name}", answer)
             del self._answers[name]
         self._done = self._begun
+
+    def _whole(self, answer: SiloUpdate) -> SiloUpdate | Exception:
+        """With its deltas, which may lie in the region's object store, or, with the node that had them, be lost."""
+        try:
+            return replace(answer, body=answer.delta("body"), rows=answer.delta("rows"))
+        except DeptError as err:
+            return self._untold(err)
 
     # ------------------------------------------------------------------------------------------ signs of life
     def _beat(self) -> None:
@@ -262,8 +269,13 @@ class Agent:
             })  # fmt: skip
 
     @contextmanager
-    def _meanwhile(self, order: str | None = None) -> Iterator[None]:
-        """Go on beating while there is long work; under an order, hear when nobody waits for more of it."""
+    def _meanwhile(self, order: str | None = None, rounds: int = 0) -> Iterator[None]:
+        """Go on beating while there is long work; under an order, hear when nobody waits for more of it.
+
+        Args:
+            order: its letter's name.
+            rounds: with the one that it orders.
+        """
         done = threading.Event()
 
         def watch() -> None:
@@ -273,7 +285,7 @@ class Agent:
                     self._beat()
                     if not handed_in and self._unwanted(str(order)):
                         assert self.pool is not None
-                        self.pool.hand_in()
+                        self.pool.hand_in(rounds)
                         handed_in = True
 
         watcher = threading.Thread(target=watch, name="beat", daemon=True)

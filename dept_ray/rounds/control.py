@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
-from dept_ray.errors import StoreError
+from dept_ray.errors import RunError, StoreError
 from dept_ray.messages import Change
 
 Asked = dict[str, Any]
@@ -47,7 +47,7 @@ class Control:
     def __init__(self, again: bool = False) -> None:
         self._told = threading.Condition()
         self._again, self._memory, self._kept = again, None, Asked()
-        self._stopping = self._waiting = self._spoken = False
+        self._stopping = self._waiting = self._spoken = self._over = False
         self._hold_at: int | None = None
         """Rounds from which on the run is held; until it begins, counted from there."""
         self._keep_at: int | None = None
@@ -64,8 +64,10 @@ class Control:
     # ------------------------------------------------------------------------------------------ for people
     def stop(self) -> None:
         """End the run after the next commit."""
-        with self._telling():
-            self._stopping = True
+        with self._told:
+            if not self._over:
+                with self._telling():
+                    self._stopping = True
 
     def pause(self) -> None:
         """Hold the run after the round in progress."""
@@ -95,6 +97,11 @@ class Control:
         with self._telling():
             self._keep_at = max(1, self._begun)
             return self._keep_at
+
+    @property
+    def begun(self) -> int:
+        """Rounds that were begun, the one in progress among them."""
+        return self._begun
 
     def knows(self, request: str) -> bool:
         """Whether a request was heard already."""
@@ -131,6 +138,7 @@ class Control:
     def begin(self, round: int, heard: int, memory: Memory) -> None:
         """The run stands after so many rounds, which heard so many changes; from now on keep what is asked."""
         with self._told:
+            self._over = False
             if self._memory is memory:
                 return
             before, mine = memory.asked(), self._changes
@@ -184,6 +192,12 @@ class Control:
             self._begun += 1
             return True
 
+    def end(self) -> bool:
+        """Whether nothing is left to be obeyed; if so nothing more can be asked: what is promised is done."""
+        with self._told:
+            self._over = not self._news
+            return self._over
+
     # ------------------------------------------------------------------------------------------ inside
     @property
     def _news(self) -> bool:
@@ -194,6 +208,8 @@ class Control:
     def _telling(self, request: str = "") -> Iterator[bool]:
         """Something is asked: it is kept before the asker is answered, or was never asked. Yields whether it is new."""
         with self._told:
+            if self._over:
+                raise RunError("the run has made its last round: start it again to go on with it")
             before = (self._stopping, self._hold_at, self._spoken, self._keep_at, self._changes, self._heard)
             new = request not in self._heard
             self._heard = [*self._heard, request][-_REMEMBERED:] if request and new else self._heard

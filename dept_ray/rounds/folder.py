@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dept_ray.config import Job
 from dept_ray.draws import checksum
 from dept_ray.errors import StoreError
+from dept_ray.metrics import read_records
 
 if TYPE_CHECKING:
     from dept_ray.rounds.state import RunState
@@ -31,6 +32,18 @@ def in_progress(folder: Path) -> dict[str, Any] | None:
             return json.loads((folder / "live.json").read_text())
         except (OSError, ValueError):
             return {}
+
+
+def told_end(folder: Path) -> bool:
+    """Whether a run that is not in progress came to an end that it told: finished, failed, or stopped as asked."""
+    if in_progress(folder) is not None:
+        return False
+    if (folder / "error.txt").exists() or any(r["event"] == "scores" for r in read_records(folder / "metrics.jsonl")):
+        return True
+    try:
+        return bool(json.loads((folder / "asked.json").read_text())["stopping"])
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def read_job(folder: Path) -> Job:

@@ -13,7 +13,6 @@ common: one is cut off when its beat has not changed for `regions.silent_s` on t
 """
 
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -64,7 +63,8 @@ class MailboxPool:
         self._looked_at = clock()
         self._number = self._words = 0
         self._waited_for: dict[str, int] = {}
-        self._hurried = threading.Event()
+        self._hurried = 0
+        """Rounds, from the first on, whose silos hand in what they have."""
 
     @property
     def cards(self) -> dict[str, SiloCard]:
@@ -255,7 +255,8 @@ class MailboxPool:
         answers, at = dict[str, SiloUpdate | Exception](), dict[str, float]()
         asked_at, agents = dict[str, float](), dict[str, str]()
         out: dict[str, str] = {}
-        for region, silos in self._by_region(orders).items():
+        by_region = self._by_region(orders)
+        for region, silos in by_region.items():
             reason = self._send(region, {silo: orders[silo] for silo in silos})
             for silo in silos:
                 asked_at[silo] = at[silo] = self.clock()
@@ -263,14 +264,14 @@ class MailboxPool:
                     agents[region], out[silo] = self._regions[region].beat["agent"], region
                 else:
                     answers[silo] = reason or SiloError("no region has it now")
-        began, stopped_at, asked = self.clock(), None, set(out.values())
+        began, stopped_at, number = self.clock(), None, next(iter(orders.values())).round
         meanwhile()
         while out:
             self._look()
             came, listed = self._collect(out)
             now = self.clock()
             took_s = [at[silo] - began for silo in answers.keys() - out.keys()]
-            if stopped_at is None and (self._hurried.is_set() or now - began > deadline(took_s)):
+            if stopped_at is None and (self._hurried > number or now - began > deadline(took_s)):
                 stopped_at = now
                 self._stop(set(out.values()))
             lost = {name: self._lost(name, agents[name], stopped_at, name in listed) for name in set(out.values())}
@@ -282,12 +283,11 @@ class MailboxPool:
                 del out[silo]
             if out:
                 self.sleep(self.job.regions.look_every_s)
-        self._hurried.clear()
-        self._withdraw(asked)
+        self._withdraw(region for region in by_region if region is not None)  # a letter may be there that failed
         return timed(answers, asked_at, at)
 
-    def hand_in(self) -> None:
-        self._hurried.set()
+    def hand_in(self, rounds: int) -> None:
+        self._hurried = max(self._hurried, rounds)
 
     def rest(self) -> None:
         """Regions are not asked: what goes ahead there ends by itself, with the steps that the job allows."""

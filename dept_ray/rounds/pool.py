@@ -108,8 +108,11 @@ class SiloPool(Protocol):
         """
         ...
 
-    def hand_in(self) -> None:
-        """Ask all who train now to hand in what they have; may be called from another thread."""
+    def hand_in(self, rounds: int) -> None:
+        """Ask all who train one of the first so many rounds to hand in what they have, in each of its attempts.
+
+        May be called from another thread, which may be late: a round that it does not mean is not cut short.
+        """
         ...
 
     def rest(self) -> None:
@@ -228,9 +231,10 @@ class LocalPool:
             at[name] = time.monotonic()
         return timed(answers, asked_at, at)
 
-    def hand_in(self) -> None:
+    def hand_in(self, rounds: int) -> None:
         for name, order in self._orders.items():
-            self.silos[name].stop(order.round, order.attempt)
+            if order.round < rounds:
+                self.silos[name].stop(order.round, order.attempt)
 
     def rest(self) -> None:
         """Steps that go ahead of an order are made when it is here."""

@@ -28,7 +28,8 @@ from dept_ray.metrics import Record, finite, read_records
 from dept_ray.rounds.folder import committed, in_progress, layout_fingerprint, load_round, read_manifest, run_folder
 from dept_ray.text.shards import write_atomically
 
-_LOOK_EVERY_S = 0.1
+_LOOK_EVERY_S, _A_LOOK_S = 0.1, 1.0
+"""Whoever only looks whether the run is in progress holds it for a moment."""
 
 if TYPE_CHECKING:
     from dept_ray.rounds.state import RunState
@@ -96,7 +97,7 @@ class RunStore:
             RunError: it is in progress elsewhere.
         """
         lock = open(self.folder / "lock", "a")  # noqa: SIM115 - its lifetime is the point
-        until = time.monotonic() + patience_s
+        until = time.monotonic() + max(patience_s, _A_LOOK_S)
         while not _locked(lock):
             if time.monotonic() >= until:
                 lock.close()

@@ -55,9 +55,10 @@ def train(job: Job, pool: SiloPool, store: RunStore, log: Log, control: Control)
             if control.take_checkpoint(state.round):
                 store.keep(state.round)
             job, state = obey_people(job, state, pool, log, control)
-        if state.round >= job.rounds.total or control.stopping:
+        done = state.round >= job.rounds.total
+        if control.stopping or (done and control.end()):
             break
-        if not control.begin_round():
+        if done or not control.begin_round():
             continue
         began = time.perf_counter()
         try:

@@ -6,6 +6,7 @@ that ran ahead of a lost round, died, or moved to another machine continues exac
 Knows nothing of other silos, of the outer step, or of Ray.
 """
 
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -99,7 +100,7 @@ class Silo:
         """What is shared as it was at the end of the last round, where steps are made ahead of their order."""
         self._expected: RoundOrder | None = None
         self._ahead: Ahead | None = None
-        self._stop_at = NEVER
+        self._stop_at, self._stopping = NEVER, threading.Lock()
         self._ranks = Ranks(job, replace(spec, shard=self.hardware.shard), start)
         # What a run begins from is not on every silo's machine: it comes with the first order.
         draws = job.wire.codec != "fp32" and job.init.origin is None
@@ -131,7 +132,8 @@ class Silo:
 
         May be called from another thread. What was asked sooner may be heard later, and takes nothing back.
         """
-        self._stop_at = max(self._stop_at, (round, attempt))
+        with self._stopping:
+            self._stop_at = max(self._stop_at, (round, attempt))
 
     def obey(self, order: RoundOrder) -> SiloUpdate:
         """Train (or only score) as ordered.
@@ -168,7 +170,8 @@ class Silo:
             trained = self._train(order, shared, ahead)
         if ahead is not None:
             seconds["ahead"] = ahead.seconds
-        self._stop_at = NEVER
+        with self._stopping:  # what was asked of its steps ahead, or of a later order, still stands
+            self._stop_at = NEVER if self._stop_at <= (order.round, order.attempt) else self._stop_at
         position = self.stream.advance(order.position, trained.steps)
         self._say("saving", order)
         with self._timed("code", seconds):

@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.ray]
 QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115 - lives as long as the tests
 
 
-STEPS = 80
+STEPS = 120
 
 
 def housed(prepared: Path, folder: Path, method: str, **overrides: Any) -> Job:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from nodes import until
 
+from dept_ray.codec import Moves
 from dept_ray.config import Job
 from dept_ray.messages import RoundOrder, SiloStatus, SiloUpdate
 from dept_ray.method_names import METHOD_NAMES
@@ -67,7 +68,7 @@ class Going:
 
     def end(self) -> None:
         """All hand in, and the run ends."""
-        self.pool.hand_in()
+        self.pool.hand_in(1)
         until(lambda: self.control.paused)
         until(lambda: set(self.doing().values()) == {"waiting"})
         self.control.stop()
@@ -133,7 +134,7 @@ def test_a_round_is_written_when_the_next_one_is_taken_up(
     rounds.start()
     try:
         until(lambda: set(standing().values()) == {(0, "training")})
-        pool.hand_in()
+        pool.hand_in(1)
         until(lambda: {standing()[name] for name in ("latin", "numbers")} == {(1, "training")})
         time.sleep(2 * LOOK_EVERY_S)
         assert store.rounds() == []
@@ -146,7 +147,7 @@ def test_a_round_is_written_when_the_next_one_is_taken_up(
     finally:
         (tmp_path / "there").touch()
         control.stop()
-        pool.hand_in()
+        pool.hand_in(2)
         rounds.join()
         pool.close()
 
@@ -220,7 +221,7 @@ class LosesCode:
     def end(self) -> list[dict[str, Any]]:
         """The second round is handed in once all train; the records of both."""
         until(lambda: {(s.round, s.doing) for s in self.statuses().values()} == {(1, "training")})
-        self.pool.hand_in()
+        self.pool.hand_in(2)
         self.rounds.join()
         self.pool.close()
         return self.records[:2]
@@ -260,6 +261,16 @@ def test_a_silo_that_is_killed_too_late_is_left_out_once_and_made_anew(tiny: Mak
     assert list(first["refused"]) == ["code"]
     assert "ActorDied" in first["refused"]["code"]
     assert set(second["silos"]) == {"code", "latin", "numbers"}
+
+
+def test_who_holds_nothing_any_more_is_not_asked_again_to_go_on_from_what_it_held() -> None:
+    """Under a codec: the round does without it, and tells how it died."""
+    from dept_ray.on_ray.pool import _whole
+
+    order = SimpleNamespace(body=Moves((4,), 3, ()), rows=None)
+    assert not _whole(order)
+    assert _whole(SimpleNamespace(body=np.zeros(4, np.float32), rows=None))
+    assert _whole(SimpleNamespace(body=None, rows=None))
 
 
 def test_who_was_asked_again_is_waited_for_if_it_has_begun() -> None:

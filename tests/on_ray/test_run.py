@@ -91,9 +91,9 @@ def test_a_detached_run_ends_its_own_process_when_it_is_over(tiny: Make, ray_her
 
     job = tiny("spec", name="detached")
     run = Run.start(job, detach=True)
-    until(lambda: Run.open(run.folder).status().phase == "finished")
-    assert [r["event"] for r in run.history()] == ["round"] * 3 + ["scores"]
+    assert [r["event"] for r in run.follow(QUIET)] == ["round"] * 3 + ["scores"]
     until(lambda: Coordinator.find(job.name) is None)
+    assert run.status().phase == "finished", "who asks the coordinator that has left is told by the folder"
 
 
 def test_hands_on_a_live_run(tiny: Make, started: Callable[..., Run], tmp_path: Path) -> None:
@@ -125,7 +125,10 @@ def test_hands_on_a_live_run(tiny: Make, started: Callable[..., Run], tmp_path: 
     run.bring_back("code")
     run.resume()
     until(lambda: any("sums" in r["silos"] for r in run.history() if r["event"] == "round"))
+    run.pause()
+    until(lambda: run.status().phase == "paused")
     run.set("rounds.total", run.status().round + 2)
+    run.resume()
     until(lambda: run.status().over)
     assert run.status().phase == "finished"
     records = run.history()
@@ -231,9 +234,7 @@ def test_ctrl_c_stops_after_the_commit_and_leaves_nothing_running(tiny: Make) ->
     assert "stopping after this round is committed" in rest
     assert "Traceback" not in rest
     assert 2 <= Run.open(job_folder(job)).status().round < 500
-    time.sleep(1)
-    left = subprocess.run(["pgrep", "-s", str(child.pid)], capture_output=True, text=True).stdout.split()
-    assert not left
+    until(lambda: not subprocess.run(["pgrep", "-s", str(child.pid)], capture_output=True).stdout)
 
 
 CLEAN = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}

@@ -2,10 +2,14 @@
 
 import threading
 import time
+from dataclasses import replace
+from typing import Any
 
 import pytest
-from tiny import SOURCES, ready_job
+from tiny import SOURCES, an_answer, ready_job
 
+from dept_ray.errors import SiloError
+from dept_ray.messages import Held
 from dept_ray.rounds.agent import Agent, prepare_here
 from dept_ray.rounds.letters import Mailbox
 from dept_ray.rounds.mailbox import RUN
@@ -20,7 +24,8 @@ class Asked(LocalPool):
         super().__init__()
         self.asked = threading.Event()
 
-    def hand_in(self) -> None:
+    def hand_in(self, rounds: int) -> None:
+        assert rounds == 3
         self.asked.set()
 
 
@@ -30,7 +35,7 @@ def test_what_an_order_has_is_handed_in_when_it_is_asked_for_or_the_order_is_wit
     agent = Agent(box, {}, LocalPool, prepare_here, name="west")
     agent.pool, agent.settings = pool, RegionsSection(look_every_s=0.01, silent_s=1)
     box.write("west/order-x-1", {})
-    with agent._meanwhile("x-1"):
+    with agent._meanwhile("x-1", rounds=3):
         while (box.read("west/beat") or {"beat": 0})["beat"] < 5:
             time.sleep(0.01)
         assert not pool.asked.is_set()
@@ -39,6 +44,20 @@ def test_what_an_order_has_is_handed_in_when_it_is_asked_for_or_the_order_is_wit
         else:
             box.delete("west/order-x-1")
         assert pool.asked.wait(60)
+
+
+def test_a_delta_that_is_lost_with_its_node_is_an_answer_and_holds_no_other_up(tmp_path):
+    def gone() -> Any:
+        raise SiloError("ObjectLostError: its node is gone")
+
+    box = Mailbox(str(tmp_path))
+    agent = Agent(box, {}, LocalPool, prepare_here, name="west")
+    box.write("west/order-x-1", {})
+    lost, there = an_answer("a", body=[1.0]), an_answer("b", body=[2.0])
+    agent._answers = {"update-x-1-a": replace(lost, body=Held(gone)), "update-x-1-b": there}
+    agent._write_answers()
+    assert "its node is gone" in str(box.read("west/update-x-1-a"))
+    assert box.read("west/update-x-1-b").body.tolist() == [2.0]
 
 
 def test_who_joined_and_has_no_text_any_more_keeps_nobody_from_starting_again(prepared, tmp_path):

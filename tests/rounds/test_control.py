@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dept_ray.config import Job
-from dept_ray.errors import StoreError
+from dept_ray.errors import RunError, StoreError
 from dept_ray.messages import RoundOrder, SiloUpdate
 from dept_ray.metrics import read_records
 from dept_ray.rounds.control import Control
@@ -366,3 +366,24 @@ def test_a_run_that_is_made_longer_in_its_last_round_goes_on(job):
     live.pool.gated = False
     live.pool.gate.release()
     assert live.join().round == 6
+
+
+def test_what_is_asked_while_the_last_round_trains_is_done(tiny):
+    """A run that is made longer in its last round goes on."""
+    live = Live(tiny("spec", rounds={"total": 1}), gated=True)
+    assert live.pool.begun.acquire(timeout=PATIENCE_S)
+    live.control.change({"set": "rounds.total", "to": 2})
+    live.pool.gate.release(2)
+    live.join()
+    assert [r["event"] for r in live.records] == ["round", "change", "round", "scores"]
+
+
+def test_of_a_run_that_is_being_scored_nothing_more_can_be_asked(tiny):
+    """It would be promised, and not done; stopping what ends by itself is no fault."""
+    live = Live(tiny("spec", rounds={"total": 1}))
+    live.join()
+    for ask in (live.control.pause, live.control.checkpoint, lambda: live.control.change({"drop": "code"})):
+        with pytest.raises(RunError, match="has made its last round"):
+            ask()
+    live.control.stop()
+    assert not live.control.stopping

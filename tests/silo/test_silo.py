@@ -239,6 +239,18 @@ def test_a_request_that_comes_late_takes_no_later_one_back(tiny, open_silo):
     assert silo.obey(dataclasses.replace(first_order(job, silo), attempt=1)).steps == 1
 
 
+def test_a_request_that_comes_early_is_heard_by_the_round_that_it_means(tiny, open_silo):
+    """Who was left behind in one round is asked to hand in the next, which it has not begun."""
+    job = tiny("spec")
+    silo = open_silo(job)
+    order = first_order(job, silo)
+    silo.stop(1, 0)
+    update = silo.obey(order)
+    assert update.steps == 1  # nobody waits for more of it
+    assert silo.obey(next_order(order, update)).steps == 1
+    assert silo.obey(dataclasses.replace(next_order(order, update), round=2)).steps == 4
+
+
 # ------------------------------------------------------------------------------------------------ opening
 
 
