@@ -49,6 +49,8 @@ class SiloCard:
     """Of the prepared tokens of each source: a resumed run must meet the same."""
     hardware: str = ""
     """Device, threads and precision, to be printed."""
+    row_uses: np.ndarray | None = None
+    """(V_k,) fp64: of its training tokens, the share that each row is; None: nobody asks (`outer.row_weights`)."""
 
     def rows_of(self, num_rows: int) -> np.ndarray | slice:
         """Which of the `num_rows` shared rows (`RunState.rows`) it owns: its token rows, then all positions."""

@@ -200,6 +200,11 @@ class OuterSection(Section):
     """eta of embedding rows and positions (equation 3)."""
     rows_momentum: Fraction = 0.0
     """mu of embedding rows and positions. 0: the plain masked mean."""
+    row_weights: Literal["tokens", "uses"] = "tokens"
+    """What a silo's token row counts for in the mean of its owners. tokens: what its body does, the paper. uses: that,
+    times how often its text has the token. AdamW moves every row by steps of one size, also those that a source never
+    uses and only pushes away: seven such silos outvote the one that learns what the token means. The coordinator is
+    told each silo's token frequencies."""
 
     @property
     def eta(self) -> float:

@@ -4,7 +4,8 @@
     (2)  m <- mu m + g;  theta <- theta - eta (g + mu m)            Nesterov, in torch's order of operations
     (3)  the same per embedding row, over the silos that own it; a row nobody reported does not move,
          neither in value nor in momentum
-    (4)  w_k = tokens that silo k really trained, times its source's weight
+    (4)  w_k = tokens that silo k really trained, times its source's weight; of a token's row, where
+         `outer.row_weights` says so, times the share of that token in the silo's text
 
 Under a lossy codec the step is rounded as it will be sent, with what was rounded away before added (`dept_ray.codec`).
 Sums fold in silo-name order, so the result does not depend on who answered first. Deltas are looked at some at a time
@@ -52,7 +53,8 @@ def outer_step(job: Job, state: RunState, updates: Mapping[str, SiloUpdate], car
     if state.rows is not None:
         owners = {k: cards[k].rows_of(len(state.rows)) for k in updates}
         deltas = {k: u.rows for k, u in updates.items() if u.rows is not None}
-        mean, reported = mean_over_owners(deltas, owners, weights, tuple(state.rows.shape))
+        shares = {k: weights_of_rows(w, cards[k], len(state.rows)) for k, w in weights.items()}
+        mean, reported = mean_over_owners(deltas, owners, shares, tuple(state.rows.shape))
         rows, changed["rows_momentum"] = _masked_nesterov(
             state.rows, -mean, reported, state.rows_momentum, outer.rows_lr, outer.rows_momentum
         )
@@ -118,10 +120,18 @@ def weights_of(job: Job, updates: Mapping[str, SiloUpdate]) -> dict[str, float]:
     return {name: w / total for name, w in raw.items()}
 
 
+def weights_of_rows(weight: float, card: SiloCard, num_rows: int) -> np.ndarray | float:
+    """What each row of a silo counts for, (V_k + L,): token rows by their uses, positions by w_k. One: all alike."""
+    if card.row_uses is None:
+        return weight
+    positions = np.ones(num_rows - card.global_vocabulary_size)
+    return weight * np.concatenate([card.row_uses, positions])
+
+
 def mean_over_owners(
     deltas: Mapping[str, Delta | Held],
     owners: Mapping[str, np.ndarray | slice],
-    weights: Mapping[str, float],
+    weights: Mapping[str, np.ndarray | float],
     shape: tuple[int, ...],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Equation (3)'s mean: for each row over the silos that own it.
@@ -129,15 +139,15 @@ def mean_over_owners(
     Args:
         deltas: (V_k, D) by silo.
         owners: which rows of the whole those are.
-        weights: w_k.
+        weights: w_k, of all its rows or of each (V_k,).
         shape: (V, D) of the whole.
 
     Returns:
-        The mean, (V, D) fp32, zero where nobody reported; and the reported rows, (V,) bool.
+        The mean, (V, D) fp32, zero where nobody who counts reported; and the reported rows, (V,) bool.
     """
     total, count = np.zeros(shape, np.float32), np.zeros(shape[0], np.float64)
     for name in sorted(deltas):
-        total[owners[name]] += decoded(fetched(deltas[name])) * np.float32(weights[name])
+        total[owners[name]] += decoded(fetched(deltas[name])) * np.float32(weights[name]).reshape(-1, 1)
         count[owners[name]] += weights[name]
     reported = count > 0
     total[reported] /= count[reported, None].astype(np.float32)

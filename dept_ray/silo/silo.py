@@ -118,6 +118,7 @@ class Silo:
             train_tokens={name: self.corpora[name].train.tokens for name in self.spec.sources},
             fingerprints={name: corpus.fingerprint for name, corpus in self.corpora.items()},
             owned_rows=self.vocabulary.ids if share else None,
+            row_uses=self._row_uses() if share and self.job.outer.row_weights == "uses" else None,
             global_vocabulary_size=self.vocabulary.global_size if share else 0,
             hardware=str(self.hardware),
         )
@@ -250,6 +251,12 @@ class Silo:
     def _rows_scored(self) -> int:
         """Sequences per forward pass."""
         return max(1, 8192 // self.job.inner.context)
+
+    def _row_uses(self) -> np.ndarray:
+        """(V_k,): of all training tokens, the share that each row is."""
+        counts = np.sum([self.corpora[name].counts for name in self.spec.sources], axis=0)
+        mine = counts if self.vocabulary.ids is None else counts[self.vocabulary.ids]
+        return mine / counts.sum()
 
     # ------------------------------------------------------------------------------------ the parts of obeying
     def _train(self, order: RoundOrder, shared: Shared, ahead: Ahead | None) -> Trained:

@@ -220,6 +220,26 @@ def test_a_row_is_averaged_over_its_owners_and_positions_over_all():
     np.testing.assert_allclose(moved[V:], 0.1 * a[-L:] + 0.3 * b[-L:] + 0.6 * c[-L:], **tolerance)
 
 
+def test_where_uses_count_a_row_is_averaged_by_how_often_each_owner_s_text_has_it():
+    """a has token 3 thrice as often as b, of which c has most; nobody has token 4, and b alone token 9."""
+    shares = {"a": {0: 0.5, 1: 0.2, 3: 0.3}, "b": {0: 0.7, 3: 0.1, 9: 0.2}, "c": {0: 0.9, 10: 0.1}}
+    cards = {
+        name: replace(card, row_uses=np.array([shares[name].get(row, 0.0) for row in OWNED[name]]))
+        for name, card in CARDS.items()
+    }
+    start = rows_state()
+    answers = rows_answers(OWNED, tokens=(100, 300, 600))
+    moved = (outer_step(job_of(), start, answers, cards).rows - start.rows).numpy()
+    a, b, c = (answers[name].rows for name in SILOS)
+    at = {name: OWNED[name].index for name in SILOS}
+    tolerance = {"rtol": 1e-5, "atol": 1e-5 * float(start.rows.abs().max())}
+    np.testing.assert_allclose(moved[3], (0.1 * 0.3 * a[at["a"](3)] + 0.3 * 0.1 * b[at["b"](3)]) / 0.06, **tolerance)
+    np.testing.assert_allclose(moved[9], b[at["b"](9)], **tolerance)
+    np.testing.assert_allclose(moved[10], c[at["c"](10)], **tolerance)
+    assert not moved[4].any()
+    np.testing.assert_allclose(moved[V:], 0.1 * a[-L:] + 0.3 * b[-L:] + 0.6 * c[-L:], **tolerance)
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_glob_is_trim_in_which_all_own_all_rows(momentum):
     job = job_of(rows_momentum=momentum, rows_lr=0.8)

@@ -293,6 +293,27 @@ def test_messages_hold_what_the_method_shares_and_nothing_else(finished, method)
     assert [record["sent_bytes"] for record in ran.records[:-1]] == [{"down": each_way, "up": each_way}] * 3
 
 
+@pytest.mark.parametrize("method", ["glob", "trim", "spec"])
+def test_how_often_a_text_has_its_tokens_is_told_where_rows_are_shared_and_it_counts(tiny, method):
+    job = tiny(method, outer={"row_weights": "uses"})
+    pool = LocalPool()
+    state, records = run(job, pool=pool)
+    for name, card in pool.cards.items():
+        corpus, shared = pool.silos[name].corpora[name], METHODS[method].share_rows != "none"
+        assert (card.row_uses is not None) == shared
+        if card.row_uses is not None:
+            rows = corpus.counts if card.owned_rows is None else corpus.counts[card.owned_rows]
+            np.testing.assert_allclose(card.row_uses, rows / corpus.train.tokens)
+    halves = tiny(method, at="halves", outer={"row_weights": "uses"})
+    run(halves, stop_after=1)
+    resumed, again = run(halves)
+    assert all(torch.equal(resumed.tensors[name], tensor) for name, tensor in state.tensors.items())
+    assert timeless(again) == timeless(records)
+    if method != "spec":
+        plain, _ = run(tiny(method, at="plain"))
+        assert not torch.equal(plain.tensors["rows"], state.tensors["rows"])
+
+
 def arrays_of(message: Any) -> dict[str, tuple[int, ...]]:
     """Shapes of whatever in a message could hold a row: every array and every long sequence, however deep."""
     found: dict[str, tuple[int, ...]] = {}
