@@ -268,8 +268,8 @@ class Run:
     def stop(self, now: bool = False) -> None:
         """End after the round in progress is committed; `now`: its silos hand in what they have."""
         if (coordinator := self._coordinator) is not None:
-            coordinator.stop()
             with self._unless_over():
+                coordinator.stop()
                 self._hurry(now)
 
     def pause(self, now: bool = False) -> None:
@@ -287,7 +287,8 @@ class Run:
             Where it is, once it is committed.
         """
         round = self._live().checkpoint()
-        self._hurry(now)
+        if now:
+            self._live().hand_in(round)
         return self.folder / "rounds" / f"{round:06d}"
 
     def resume(self) -> None:

@@ -146,9 +146,9 @@ class Job(Section):
     def identity(self) -> dict[str, Any]:
         """All that decides the numbers of a run; where it is kept, and on what it runs, are left out."""
         values = self.model_dump(mode="json", exclude=_HOUSEKEEPING)
-        for key in _YOUNGER:
-            if values["model"][key] == ModelSection.model_fields[key].default:
-                del values["model"][key]
+        for section, key in _YOUNGER:
+            if values[section][key] == type(getattr(self, section)).model_fields[key].default:
+                del values[section][key]
         return values
 
     def source(self, name: str) -> Source:
@@ -182,8 +182,8 @@ _HOUSEKEEPING: Any = {
     "sources": {"__all__": {**dict.fromkeys(_WHERE, True), "of": {"__all__": set(_WHERE)}}},
 }
 """What may differ between two starts of one run."""
-_YOUNGER = ("kv_heads", "norm_eps", "rope_theta")
-"""Keys of `[model]` that there are runs without: by default they say what those did, and are no part of an identity."""
+_YOUNGER = (("model", "kv_heads"), ("model", "norm_eps"), ("model", "rope_theta"), ("outer", "row_weights"))
+"""Keys that there are runs without: by default they say what those did, and are no part of an identity."""
 
 
 def _digest(value: Any) -> str:

@@ -34,7 +34,7 @@ class Score:
 
 @dataclass(frozen=True)
 class SiloCard:
-    """How a silo introduces itself. Sizes always; row ids only where rows are shared (TRIM)."""
+    """How a silo introduces itself. Sizes always; row ids, and token frequencies, only where rows are shared."""
 
     silo: str
     sources: tuple[str, ...]
@@ -105,6 +105,11 @@ class RoundOrder:
     """Flat fp32 vector of the shared body, or how to come to it from the one held; None where bodies stay home."""
     rows: np.ndarray | Moves | None = None
     """fp32 (V_k + L, D): the shared token rows this silo owns, then the positions; None where embeddings stay home."""
+
+    @property
+    def fence(self) -> tuple[int, int]:
+        """Its round and attempt, which grow from order to order."""
+        return self.round, self.attempt
 
     def without_arrays(self) -> "RoundOrder":
         """The order alone; arrays travel beside it."""

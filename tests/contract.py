@@ -108,7 +108,7 @@ class PoolContract:
         def hurry() -> None:
             while not done.is_set():
                 if training := [silo.round for silo in pool.statuses().values() if silo.doing == "training"]:
-                    pool.hand_in(1 + max(training))
+                    pool.hand_in(max(training))
                 time.sleep(0.1)
 
         hand = threading.Thread(target=hurry, daemon=True)
@@ -125,20 +125,28 @@ class PoolContract:
         assert {n: s.tokens for n, s in state.silos.items()} == {n: s.position[n] * 16 for n, s in state.silos.items()}
 
     def test_who_asks_too_late_for_a_round_to_be_handed_in_cuts_no_other_short(self, harness, prepared, tmp_path):
-        job = smallest(prepared, tmp_path, "spec", inner={"local_steps": 9}, rounds={"total": 3})
+        job = smallest(prepared, tmp_path, "spec", inner={"local_steps": 300}, rounds={"total": 3})
         pool, records = harness.make({}, tmp_path / "notes"), list[dict[str, Any]]()
-        train_round = pool.run_round
+        done, asked = threading.Event(), set[int]()
 
-        def run_round(orders: Mapping[str, RoundOrder], *more: Any) -> dict[str, SiloUpdate | Exception]:
-            pool.hand_in(next(iter(orders.values())).round)  # it means the one before
-            return train_round(orders, *more)
+        def ask() -> None:
+            while not done.wait(0.01):
+                for silo in pool.statuses().values():
+                    if silo.doing == "training" and silo.round:
+                        asked.add(silo.round)
+                        pool.hand_in(silo.round - 1)  # that of the round before
 
-        pool.run_round = run_round
+        hand = threading.Thread(target=ask, daemon=True)
+        hand.start()
         try:
             train(job, pool, RunStore(job), records.append, Control())
+            assert pool.run_round({}, lambda took_s: 1.0) == {}
         finally:
+            done.set()
             pool.close()
-        assert {silo["steps"] for record in records[:3] for silo in record["silos"].values()} == {9}
+        hand.join()
+        assert asked, "nobody was seen training"
+        assert {silo["steps"] for record in records[:3] for silo in record["silos"].values()} == {300}
 
     def test_the_ledger_says_where_the_time_went(self, harness, prepared, tmp_path):
         job = smallest(prepared, tmp_path, "spec", rounds={"total": 2, "score_every": 1})

@@ -118,3 +118,8 @@ def test_a_source_is_stored_with_the_job_unless_it_says_otherwise(tmp_path):
     made = job(folder=str(tmp_path), sources=[{**DOCS, "storage": str(tmp_path / "eu")}, TEXTS])
     assert made.storage_of("docs") == tmp_path / "eu"
     assert made.storage_of("texts") == made.storage_of("mixture") == tmp_path
+
+
+def test_a_key_that_older_runs_lack_is_no_part_of_their_identity():
+    assert "row_weights" not in job().identity["outer"]
+    assert job(outer={"row_weights": "uses"}).fingerprint != job().fingerprint

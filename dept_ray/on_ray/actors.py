@@ -164,10 +164,9 @@ class CoordinatorActor:
         await self._open_to_asking()
         return self.control.checkpoint()
 
-    async def hand_in(self) -> None:
-        """End the round in progress now, with what its silos have."""
-        if not self.control.paused:
-            self.pool.hand_in(self.control.begun)
+    async def hand_in(self, round: int | None = None) -> None:
+        """End a round by its number (1 is the first), or the one in progress, now, with what its silos have."""
+        self.pool.hand_in((self.control.begun if round is None else round) - 1)
 
     async def resume(self) -> None:
         """Go on."""

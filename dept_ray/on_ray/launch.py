@@ -76,9 +76,9 @@ class Coordinator:
         """Keep the round in progress, or the last one, for good; its number."""
         return self._ask("checkpoint")
 
-    def hand_in(self) -> None:
-        """End the round in progress now, with what its silos have."""
-        self._ask("hand_in")
+    def hand_in(self, round: int | None = None) -> None:
+        """End a round by its number, or the one in progress, now, with what its silos have."""
+        self._ask("hand_in", round)
 
     def pause(self) -> None:
         """Hold after the round in progress."""

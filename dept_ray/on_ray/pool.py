@@ -20,7 +20,17 @@ from dept_ray.errors import DeptError, SiloError
 from dept_ray.messages import Delta, Held, RoundOrder, SiloCard, SiloStatus, SiloUpdate
 from dept_ray.on_ray.actors import explain
 from dept_ray.on_ray.places import LOOK_EVERY_S, Places
-from dept_ray.rounds.pool import Deadline, MakeSilo, Meanwhile, beside, nothing, specs_of, timed
+from dept_ray.rounds.pool import (
+    ANY_ATTEMPT,
+    Deadline,
+    MakeSilo,
+    Meanwhile,
+    beside,
+    fence_of,
+    nothing,
+    specs_of,
+    timed,
+)
 from dept_ray.sections import FaultsSection
 from dept_ray.silo.silo import Silo
 
@@ -53,8 +63,8 @@ class RayPool:
 
     def __init__(self, cores: int | None = None, make: MakeSilo = Silo) -> None:
         self.cores, self.places = cores, Places(make)
-        self._hurried = 0
-        """Rounds, from the first on, whose silos hand in what they have."""
+        self._hurried = (-1, 0)
+        """The last round and attempt whose silos are to hand in what they have."""
         self._obeyed: dict[str, RoundOrder] = {}
         """By silo, its last order, where it may be making steps ahead of the next."""
 
@@ -81,18 +91,18 @@ class RayPool:
         vectors = {id(v): v for order in orders.values() for v in (order.body, order.rows) if v is not None}
         stored = {key: ray.put(vector) for key, vector in vectors.items()}  # once for all who get the same
         round = _Round(orders, self.places, lambda order, again: self._ask(order, stored, again), self.job.faults)
-        number = next(iter(orders.values())).round
+        fence = fence_of(orders)
         with beside(meanwhile) as work:
             while round.calls:
                 work.look()
                 if round.collect():
                     work.begin()
-                if round.look_after(deadline, self._hurried > number):
+                if round.look_after(deadline, self._hurried >= fence):
                     work.begin()
         return timed(round.answers, round.asked_at, round.at)
 
-    def hand_in(self, rounds: int) -> None:
-        self._hurried = max(self._hurried, rounds)
+    def hand_in(self, round: int, attempt: int = ANY_ATTEMPT) -> None:
+        self._hurried = max(self._hurried, (round, attempt))
 
     def rest(self) -> None:
         for name in list(self._obeyed):
@@ -199,8 +209,9 @@ class _Round:
             reason = explain(err)
             if not isinstance(err, RayTaskError):
                 self._places.revive([name])
-                if name not in self._lost and not self._places.is_open(name) and _whole(self._orders[name]):
-                    self._returning.add(name)
+                if name not in self._lost and not self._places.is_open(name):
+                    if _whole(self._orders[name]):
+                        self._returning.add(name)
                     self._lost[name] = f"{type(reason).__name__}: {reason}"
             return reason
         for held in (body, rows):

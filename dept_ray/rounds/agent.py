@@ -22,7 +22,7 @@ from dept_ray.messages import RoundOrder, SiloStatus, SiloUpdate
 from dept_ray.rounds.letters import Mailbox, seal
 from dept_ray.rounds.mailbox import BEAT, RUN
 from dept_ray.rounds.methods import method_of
-from dept_ray.rounds.pool import LocalPool, SiloPool
+from dept_ray.rounds.pool import LocalPool, SiloPool, fence_of
 from dept_ray.rounds.regions import Serves, by_labels, job_of_region, region_name
 from dept_ray.sections import RegionsSection
 from dept_ray.text.prepare import corpus_folder, prepare, tokenizer_kind
@@ -215,7 +215,7 @@ class Agent:
 
     def _train(self, number: int, orders: dict[str, RoundOrder]) -> None:
         assert self.pool is not None
-        with self._meanwhile(f"{self.opening}-{number}", 1 + max(order.round for order in orders.values())):
+        with self._meanwhile(f"{self.opening}-{number}", fence_of(orders)):
             there = {silo: orders[silo] for silo in orders.keys() & self.pool.ready()}
             answers: dict[str, Any] = dict.fromkeys(orders.keys() - there, SiloError("its region cannot place it now"))
             try:
@@ -269,12 +269,12 @@ class Agent:
             })  # fmt: skip
 
     @contextmanager
-    def _meanwhile(self, order: str | None = None, rounds: int = 0) -> Iterator[None]:
+    def _meanwhile(self, order: str | None = None, fence: tuple[int, int] = (-1, 0)) -> Iterator[None]:
         """Go on beating while there is long work; under an order, hear when nobody waits for more of it.
 
         Args:
             order: its letter's name.
-            rounds: with the one that it orders.
+            fence: its round and attempt.
         """
         done = threading.Event()
 
@@ -285,7 +285,7 @@ class Agent:
                     self._beat()
                     if not handed_in and self._unwanted(str(order)):
                         assert self.pool is not None
-                        self.pool.hand_in(rounds)
+                        self.pool.hand_in(*fence)
                         handed_in = True
 
         watcher = threading.Thread(target=watch, name="beat", daemon=True)

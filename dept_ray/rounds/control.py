@@ -193,7 +193,7 @@ class Control:
             return True
 
     def end(self) -> bool:
-        """Whether nothing is left to be obeyed; if so nothing more can be asked: what is promised is done."""
+        """Whether no change and no checkpoint is left to be made; if so nothing more can be asked."""
         with self._told:
             self._over = not self._news
             return self._over

@@ -24,7 +24,7 @@ from dept_ray.errors import ClusterError, ConfigError, RunError, SiloError, Stor
 from dept_ray.messages import RoundOrder, SiloCard, SiloStatus, SiloUpdate
 from dept_ray.rounds.letters import Mailbox
 from dept_ray.rounds.methods import method_of, resources_of, silos_of
-from dept_ray.rounds.pool import Deadline, Meanwhile, nothing, timed
+from dept_ray.rounds.pool import ANY_ATTEMPT, Deadline, Meanwhile, fence_of, nothing, timed
 from dept_ray.rounds.regions import check_regions
 
 RUN, BEAT = "run", "beat"
@@ -63,8 +63,8 @@ class MailboxPool:
         self._looked_at = clock()
         self._number = self._words = 0
         self._waited_for: dict[str, int] = {}
-        self._hurried = 0
-        """Rounds, from the first on, whose silos hand in what they have."""
+        self._hurried = (-1, 0)
+        """The last round and attempt whose silos are to hand in what they have."""
 
     @property
     def cards(self) -> dict[str, SiloCard]:
@@ -264,14 +264,14 @@ class MailboxPool:
                     agents[region], out[silo] = self._regions[region].beat["agent"], region
                 else:
                     answers[silo] = reason or SiloError("no region has it now")
-        began, stopped_at, number = self.clock(), None, next(iter(orders.values())).round
+        began, stopped_at, fence = self.clock(), None, fence_of(orders)
         meanwhile()
         while out:
             self._look()
             came, listed = self._collect(out)
             now = self.clock()
             took_s = [at[silo] - began for silo in answers.keys() - out.keys()]
-            if stopped_at is None and (self._hurried > number or now - began > deadline(took_s)):
+            if stopped_at is None and (self._hurried >= fence or now - began > deadline(took_s)):
                 stopped_at = now
                 self._stop(set(out.values()))
             lost = {name: self._lost(name, agents[name], stopped_at, name in listed) for name in set(out.values())}
@@ -286,8 +286,8 @@ class MailboxPool:
         self._withdraw(region for region in by_region if region is not None)  # a letter may be there that failed
         return timed(answers, asked_at, at)
 
-    def hand_in(self, rounds: int) -> None:
-        self._hurried = max(self._hurried, rounds)
+    def hand_in(self, round: int, attempt: int = ANY_ATTEMPT) -> None:
+        self._hurried = max(self._hurried, (round, attempt))
 
     def rest(self) -> None:
         """Regions are not asked: what goes ahead there ends by itself, with the steps that the job allows."""

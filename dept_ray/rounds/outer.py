@@ -139,7 +139,7 @@ def mean_over_owners(
     Args:
         deltas: (V_k, D) by silo.
         owners: which rows of the whole those are.
-        weights: w_k, of all its rows or of each (V_k,).
+        weights: w_k, of all its rows or of each (V_k + L,).
         shape: (V, D) of the whole.
 
     Returns:

@@ -26,8 +26,16 @@ Deadline = Callable[[Sequence[float]], float]
 Meanwhile = Callable[[], None]
 """What a coordinator does once the orders are taken up, while silos train: the round before is written to disk."""
 
+ANY_ATTEMPT = 1 << 30
+"""Above the number of any: a round is handed in whichever of its attempts is in progress."""
+
 MakeSilo = Callable[..., Silo]
 """`Silo`, or what stands in for it: called with (job, spec) and, on Ray, `read`."""
+
+
+def fence_of(orders: Mapping[str, RoundOrder]) -> tuple[int, int]:
+    """The round and attempt that all of some orders are of; of none, one that nobody means."""
+    return max((order.fence for order in orders.values()), default=(ANY_ATTEMPT, 0))
 
 
 def nothing() -> None:
@@ -108,10 +116,10 @@ class SiloPool(Protocol):
         """
         ...
 
-    def hand_in(self, rounds: int) -> None:
-        """Ask all who train one of the first so many rounds to hand in what they have, in each of its attempts.
+    def hand_in(self, round: int, attempt: int = ANY_ATTEMPT) -> None:
+        """Ask all who train under orders of that round and attempt, or of one before, to hand in what they have.
 
-        May be called from another thread, which may be late: a round that it does not mean is not cut short.
+        May be called from another thread, which may be late: what it does not mean is not cut short.
         """
         ...
 
@@ -231,9 +239,9 @@ class LocalPool:
             at[name] = time.monotonic()
         return timed(answers, asked_at, at)
 
-    def hand_in(self, rounds: int) -> None:
+    def hand_in(self, round: int, attempt: int = ANY_ATTEMPT) -> None:
         for name, order in self._orders.items():
-            if order.round < rounds:
+            if order.fence <= (round, attempt):
                 self.silos[name].stop(order.round, order.attempt)
 
     def rest(self) -> None:

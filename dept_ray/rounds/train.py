@@ -56,7 +56,7 @@ def train(job: Job, pool: SiloPool, store: RunStore, log: Log, control: Control)
                 store.keep(state.round)
             job, state = obey_people(job, state, pool, log, control)
         done = state.round >= job.rounds.total
-        if control.stopping or (done and control.end()):
+        if (done and control.end()) or control.stopping:
             break
         if done or not control.begin_round():
             continue

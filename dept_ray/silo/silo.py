@@ -43,6 +43,8 @@ from dept_ray.text.tokenizer import Vocabulary
 
 NEVER = (-1, -1)
 """The round and attempt that nobody stops."""
+_UNUSED = 1e-9
+"""Share of a token that a text has not: next to nothing beside any use, and a row that nobody uses is all owners'."""
 NOWHERE = "nowhere"
 """What memory is after before it was loaded, or while it trains: equal to no snapshot."""
 
@@ -172,7 +174,7 @@ class Silo:
         if ahead is not None:
             seconds["ahead"] = ahead.seconds
         with self._stopping:  # what was asked of its steps ahead, or of a later order, still stands
-            self._stop_at = NEVER if self._stop_at <= (order.round, order.attempt) else self._stop_at
+            self._stop_at = NEVER if self._stop_at <= order.fence else self._stop_at
         position = self.stream.advance(order.position, trained.steps)
         self._say("saving", order)
         with self._timed("code", seconds):
@@ -253,10 +255,10 @@ class Silo:
         return max(1, 8192 // self.job.inner.context)
 
     def _row_uses(self) -> np.ndarray:
-        """(V_k,): of all training tokens, the share that each row is."""
+        """(V_k,): of all training tokens, the share that each row is, never quite nothing."""
         counts = np.sum([self.corpora[name].counts for name in self.spec.sources], axis=0)
         mine = counts if self.vocabulary.ids is None else counts[self.vocabulary.ids]
-        return mine / counts.sum()
+        return np.maximum(mine / counts.sum(), _UNUSED)
 
     # ------------------------------------------------------------------------------------ the parts of obeying
     def _train(self, order: RoundOrder, shared: Shared, ahead: Ahead | None) -> Trained:
@@ -306,7 +308,7 @@ class Silo:
                 embedding_period=order.steps if self.spec.reset_embedding else None,
                 frozen_steps=order.frozen_steps,
             ),
-            should_stop=lambda: team.any(self._stop_at >= (order.round, order.attempt)),
+            should_stop=lambda: team.any(self._stop_at >= order.fence),
             watch=lambda step, loss, rate: self._say(
                 self._status.doing, order, step=step, loss=loss, tokens_per_s=rate
             ),

@@ -168,8 +168,9 @@ def _facts(story: Story) -> dict[str, str]:
         of_round = f"round {job.init.round} of " if job.init.round else ""
         facts["begins from"] = f"the body of {of_round}{job.init.origin}{frozen}; {job.init.embedding} embedding"
     if method.share_body:
-        rows = f"lr {outer.rows_lr:g}, {outer.rows_momentum:g}, averaged by {outer.row_weights}"
-        facts["outer"] = f"lr {outer.eta:g}, momentum {outer.mu:g}; rows: {rows}"
+        facts["outer"] = f"lr {outer.eta:g}, momentum {outer.mu:g}"
+    if method.share_rows != "none":
+        facts["outer"] += f"; rows: lr {outer.rows_lr:g}, {outer.rows_momentum:g}, averaged by {outer.row_weights}"
     with contextlib.suppress(ConfigError):  # where nothing says how large the vocabulary is, nothing is planned
         facts["model"] += f"; {human(plan(story.first).silos[0].parameters.body)} parameters in the body"
     return facts

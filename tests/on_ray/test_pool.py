@@ -68,7 +68,7 @@ class Going:
 
     def end(self) -> None:
         """All hand in, and the run ends."""
-        self.pool.hand_in(1)
+        self.pool.hand_in(0)
         until(lambda: self.control.paused)
         until(lambda: set(self.doing().values()) == {"waiting"})
         self.control.stop()
@@ -134,7 +134,7 @@ def test_a_round_is_written_when_the_next_one_is_taken_up(
     rounds.start()
     try:
         until(lambda: set(standing().values()) == {(0, "training")})
-        pool.hand_in(1)
+        pool.hand_in(0)
         until(lambda: {standing()[name] for name in ("latin", "numbers")} == {(1, "training")})
         time.sleep(2 * LOOK_EVERY_S)
         assert store.rounds() == []
@@ -147,7 +147,7 @@ def test_a_round_is_written_when_the_next_one_is_taken_up(
     finally:
         (tmp_path / "there").touch()
         control.stop()
-        pool.hand_in(2)
+        pool.hand_in(1)
         rounds.join()
         pool.close()
 
@@ -221,7 +221,7 @@ class LosesCode:
     def end(self) -> list[dict[str, Any]]:
         """The second round is handed in once all train; the records of both."""
         until(lambda: {(s.round, s.doing) for s in self.statuses().values()} == {(1, "training")})
-        self.pool.hand_in(2)
+        self.pool.hand_in(1)
         self.rounds.join()
         self.pool.close()
         return self.records[:2]

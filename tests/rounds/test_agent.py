@@ -24,8 +24,8 @@ class Asked(LocalPool):
         super().__init__()
         self.asked = threading.Event()
 
-    def hand_in(self, rounds: int) -> None:
-        assert rounds == 3
+    def hand_in(self, round: int, attempt: int = 0) -> None:
+        assert (round, attempt) == (3, 1), "what is not wanted is this attempt, and not the next"
         self.asked.set()
 
 
@@ -35,7 +35,7 @@ def test_what_an_order_has_is_handed_in_when_it_is_asked_for_or_the_order_is_wit
     agent = Agent(box, {}, LocalPool, prepare_here, name="west")
     agent.pool, agent.settings = pool, RegionsSection(look_every_s=0.01, silent_s=1)
     box.write("west/order-x-1", {})
-    with agent._meanwhile("x-1", rounds=3):
+    with agent._meanwhile("x-1", fence=(3, 1)):
         while (box.read("west/beat") or {"beat": 0})["beat"] < 5:
             time.sleep(0.01)
         assert not pool.asked.is_set()

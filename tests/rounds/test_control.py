@@ -3,6 +3,7 @@
 import shutil
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from dept_ray.config import Job
 from dept_ray.errors import RunError, StoreError
 from dept_ray.messages import RoundOrder, SiloUpdate
-from dept_ray.metrics import read_records
+from dept_ray.metrics import Log, read_records
 from dept_ray.rounds.control import Control
 from dept_ray.rounds.pool import Deadline, LocalPool, Meanwhile, nothing
 from dept_ray.rounds.state import RunState
@@ -213,27 +214,32 @@ def test_changes_are_taken_once_and_in_order():
 
 
 def test_many_hands_at_once_leave_the_run_whole(job):
-    """Every kind of request from several threads while rounds go by; then the run is let go on and ends."""
-    live, threads = Live(job), []
+    """Every kind of request from several threads while rounds go by, and until the run says that it is over; what was
+    heard is done."""
+    live, threads, heard = Live(job), [], list[int]()
     for number in range(4):
 
         def hands(number: int = number) -> None:
-            for at in range(25):
-                live.control.pause()
-                live.control.step(at % 3)
-                live.control.change({"set": "inner.lr", "to": 1e-3 * (1 + number)})
-                live.control.resume()
+            with suppress(RunError):
+                for at in range(25):
+                    live.control.pause()
+                    live.control.step(at % 3)
+                    live.control.change({"set": "inner.lr", "to": 1e-3 * (1 + number)})
+                    heard.append(number)
+                    live.control.resume()
 
         threads.append(threading.Thread(target=hands))
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(PATIENCE_S)
-    live.control.resume()
+    with suppress(RunError):
+        live.control.resume()
     state = live.join()
     assert state.round == 4
     assert read_records(live.store.metrics) == []  # the log here is the list
     assert [r["change"] for r in live.records if r["event"] == "change"] == list(state.changes)
+    assert len(state.changes) == len(heard) > 0
 
 
 # ------------------------------------------------------------------------------------------------ kept for good
@@ -368,22 +374,39 @@ def test_a_run_that_is_made_longer_in_its_last_round_goes_on(job):
     assert live.join().round == 6
 
 
-def test_what_is_asked_while_the_last_round_trains_is_done(tiny):
-    """A run that is made longer in its last round goes on."""
-    live = Live(tiny("spec", rounds={"total": 1}), gated=True)
-    assert live.pool.begun.acquire(timeout=PATIENCE_S)
-    live.control.change({"set": "rounds.total", "to": 2})
-    live.pool.gate.release(2)
-    live.join()
-    assert [r["event"] for r in live.records] == ["round", "change", "round", "scores"]
+def test_a_run_ends_when_nothing_is_left_to_be_obeyed_and_then_nothing_can_be_asked():
+    control = Control()
+    control.begin(3, 0, Memory())
+    control.change({"drop": "x"})
+    assert not control.end()
+    assert control.take_changes() == [{"drop": "x"}]
+    control.checkpoint()
+    assert not control.end()
+    assert control.take_checkpoint(3)
+    assert control.end()
+    with pytest.raises(RunError, match="has made its last round"):
+        control.change({"return": "x"})
 
 
-def test_of_a_run_that_is_being_scored_nothing_more_can_be_asked(tiny):
+@pytest.mark.parametrize("stopping", [False, True])
+def test_of_a_run_that_is_being_scored_nothing_more_can_be_asked(tiny, stopping):
     """It would be promised, and not done; stopping what ends by itself is no fault."""
-    live = Live(tiny("spec", rounds={"total": 1}))
-    live.join()
-    for ask in (live.control.pause, live.control.checkpoint, lambda: live.control.change({"drop": "code"})):
-        with pytest.raises(RunError, match="has made its last round"):
-            ask()
-    live.control.stop()
-    assert not live.control.stopping
+    job, control, asked = tiny("spec", rounds={"total": 1}), Control(), list[str]()
+
+    class Scoring(LocalPool):
+        def run_round(self, orders: Mapping[str, RoundOrder], *more: Any) -> dict[str, SiloUpdate | Exception]:
+            if any(order.steps for order in orders.values()):
+                if stopping:
+                    control.stop()
+            else:
+                for ask in (control.pause, control.checkpoint, lambda: control.change({"drop": "code"})):
+                    with pytest.raises(RunError, match="has made its last round"):
+                        ask()
+                    asked.append("in vain")
+                control.stop()
+            return super().run_round(orders, *more)
+
+    pool = Scoring()
+    train(job, pool, RunStore(job), Log(), control)
+    pool.close()
+    assert asked == ["in vain"] * 3

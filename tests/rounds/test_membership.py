@@ -282,7 +282,7 @@ class FakePool:
     def add(self, job: Job, silo: str) -> None:
         raise AssertionError(silo)
 
-    def hand_in(self) -> None:
+    def hand_in(self, round: int, attempt: int = 0) -> None:
         raise AssertionError
 
     def rest(self) -> None:
