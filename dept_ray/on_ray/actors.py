@@ -241,9 +241,11 @@ class CoordinatorActor:
             phase, error = "failed", f"{type(err).__name__}: {err}"
         except Exception:  # noqa: BLE001 - a bug must reach the user, not die with this thread
             phase, error = "failed", traceback.format_exc()
-        for put_away in (board and board.close, self.pool.close, store and store.let_go):
+        closes = [board.close] if board is not None else []
+        closes += [self.pool.close, *([store.let_go] if store is not None else [])]
+        for close in closes:
             try:
-                _ = put_away and put_away()
+                close()
             except Exception:  # noqa: BLE001 - what cannot be put away holds nothing else up
                 traceback.print_exc()
         self.phase, self.error = phase, error

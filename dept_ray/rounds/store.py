@@ -28,11 +28,12 @@ from dept_ray.metrics import Record, finite, read_records
 from dept_ray.rounds.folder import committed, in_progress, layout_fingerprint, load_round, read_manifest, run_folder
 from dept_ray.text.shards import write_atomically
 
-_LOOK_EVERY_S, _A_LOOK_S = 0.1, 1.0
-"""Whoever only looks whether the run is in progress holds it for a moment."""
-
 if TYPE_CHECKING:
     from dept_ray.rounds.state import RunState
+
+_LOOK_EVERY_S = 0.1
+_A_LOOK_S = 1.0
+"""Whoever only looks whether the run is in progress holds it for a moment, and is waited for."""
 
 FORMAT = 1
 
