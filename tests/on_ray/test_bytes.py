@@ -1,4 +1,4 @@
-"""What plan and ledger say of a round is what the kernel counts on the interface."""
+"""What plan and ledger say of a round is what the kernel counts on the sockets."""
 
 import json
 import os
@@ -14,14 +14,14 @@ ALONE = ["unshare", "--net", "--map-root-user", "sh", "-c", 'ip link set lo up &
 
 
 def can_be_alone() -> bool:
-    if not (shutil.which("unshare") and shutil.which("ip")):
+    if not all(shutil.which(program) for program in ("unshare", "ip", "ss")):
         return False
     return subprocess.run([*ALONE, "true"], capture_output=True).returncode == 0
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.skipif(not can_be_alone(), reason="needs network namespaces")
+@pytest.mark.skipif(not can_be_alone(), reason="needs network namespaces and iproute2")
 @pytest.mark.parametrize(
     ("method", "codec", "layers"), [pytest.param("spec", "fp32", 2, marks=pytest.mark.soak), ("trim", "int4", 8)]
 )
