@@ -15,7 +15,7 @@ def silent(stage: str, done: int, of: int) -> None:
 
 
 def prepare(job: Job, address: str | None = None, report: Report = silent, local: bool = False) -> None:
-    """Raw text to shards, where that is due: on Ray Data, or in this process. Behind a mailbox each region does it.
+    """Raw text to shards, where that is due: on Ray, or in this process. Behind a mailbox each region does it.
 
     Raises:
         ConfigError: it cannot be prepared region by region.
@@ -33,11 +33,11 @@ def prepare(job: Job, address: str | None = None, report: Report = silent, local
     run_all = run_here
     if not local:
         from dept_ray.on_ray.cluster import check_room, connect
-        from dept_ray.on_ray.ingest import ray_data_runner
+        from dept_ray.on_ray.ingest import ray_runner
 
         connect(address, silos=len(job.sources))
         check_room(job)  # a task for labels that no node has would wait for ever
-        run_all = ray_data_runner(job)
+        run_all = ray_runner(job)
     try:
         prepare_text(job, kind, run_all, report)
     except OSError as err:

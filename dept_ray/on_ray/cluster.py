@@ -95,6 +95,12 @@ def check_room(job: Job) -> None:
     check_nodes(job, [node for node in ray.nodes() if node["Alive"]])
 
 
+def has_labels(node: dict[str, Any], wanted: dict[str, str]) -> bool:
+    """Whether a node of `ray.nodes()` has these labels; of Ray's other forms, "!a" and "in(a, b)", it is believed."""
+    have = node.get("Labels") or {}
+    return all(have.get(key) == value for key, value in wanted.items() if not value.startswith(("!", "in(")))
+
+
 def check_lasting(job: Job) -> None:
     """Refuse a folder in the copy of a working directory that Ray made for its job, and deletes after it.
 
@@ -122,15 +128,12 @@ def check_nodes(job: Job, alive: list[dict[str, Any]]) -> None:
     Raises:
         ClusterError: with what was asked and what there is.
     """
-    labels = [node.get("Labels") or {} for node in alive]
-    if any(have.get(AUTOSCALES) == "true" for have in labels):
+    if any(has_labels(node, {AUTOSCALES: "true"}) for node in alive):
         return
     nodes = [node["Resources"] for node in alive]
     wanted = {silo: resources_of(job, silo) for silo in silos_of(job)}
     for silo, resources in wanted.items():
-        # Only plain values: Ray also knows "!a" and "in(a, b)".
-        plain = {key: value for key, value in resources.labels.items() if not value.startswith(("!", "in("))}
-        if not any(plain.items() <= have.items() for have in labels):
+        if not any(has_labels(node, resources.labels) for node in alive):
             raise ClusterError(
                 f"silo {silo} asks for resources.labels = {resources.labels}, but no node of the cluster has them: "
                 "start a node with these labels, or mend them in the job file"

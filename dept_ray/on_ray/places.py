@@ -101,11 +101,11 @@ class Places:
         threading.Thread(target=self._prepare, args=(job, silo), daemon=True).start()
 
     def _prepare(self, job: Job, silo: str) -> None:
-        from dept_ray.on_ray.ingest import ray_data_runner
+        from dept_ray.on_ray.ingest import ray_runner
 
         try:
             with self._one_at_a_time:
-                prepare(job, tokenizer_kind(method_of(job).vocabulary), ray_data_runner(job))
+                prepare(job, tokenizer_kind(method_of(job).vocabulary), ray_runner(job))
             self._prepared.put(silo)
         except DeptError as err:
             self.failed[silo] = err

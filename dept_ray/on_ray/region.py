@@ -1,11 +1,11 @@
-"""A region on its own Ray cluster: `rounds.agent` with `RayPool` for its pool and Ray Data for its text."""
+"""A region on its own Ray cluster: `rounds.agent` with `RayPool` for its pool and Ray tasks for its text."""
 
 import os
 from collections.abc import Callable, Mapping
 
 from dept_ray.config import Job
 from dept_ray.on_ray.cluster import check_room, connect
-from dept_ray.on_ray.ingest import ray_data_runner
+from dept_ray.on_ray.ingest import ray_runner
 from dept_ray.on_ray.pool import RayPool
 from dept_ray.rounds.agent import Agent
 from dept_ray.rounds.letters import Mailbox
@@ -28,11 +28,11 @@ def region_on_ray(
 
 
 def _prepare(job: Job) -> None:
-    """By Ray Data, next to the text; first see that the region can hold the silos at all.
+    """On Ray, next to the text; first see that the region can hold the silos at all.
 
     Raises:
         ClusterError: it cannot.
         DataError: the text cannot be prepared.
     """
     check_room(job)  # a task for labels that no node has would wait for ever
-    prepare(job, tokenizer_kind(method_of(job).vocabulary), ray_data_runner(job))
+    prepare(job, tokenizer_kind(method_of(job).vocabulary), ray_runner(job))

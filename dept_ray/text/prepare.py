@@ -6,7 +6,7 @@
     index   the corpus           one task per source
 
 A task whose result is there is skipped, so preparing twice does nothing and a killed preparation goes on. Where the
-tasks run is the caller's: `run_here` in this process, or Ray Data next to the text (`on_ray.ingest`). Text stays in its
+tasks run is the caller's: `run_here` in this process, or Ray next to the text (`on_ray.ingest`). Text stays in its
 source's own storage; a global tokenizer alone asks each source for a sample.
 
     <storage>/data/<source>/text-<key>/     train-00000.parquet ... validation-00000.parquet ... index.json

@@ -12,6 +12,7 @@ killed task leaves behind is written again, never read.
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,15 +151,34 @@ def pack(task: Task) -> None:
     if done.exists():
         return
     tokenizer = open_tokenizer(task.folder / "tokenizer.json")
-    texts = list(read_part(task.text / f"{task.part}.parquet"))
-    # All of them at once: in many short batches cores wait for the longest text of each.
-    # encode_batch_fast skips offsets; special tokens of a loaded tokenizer are not wanted: shards place their own.
-    encodings, dtype = tokenizer.encode_batch_fast(texts, add_special_tokens=False), _dtype(vocabulary_size(tokenizer))
-    documents = (np.fromiter(encoding.ids, dtype, len(encoding)) for encoding in encodings)
-    tokens, counts, found = shards.write_shard(
-        task.folder / f"{task.part}.tokens", documents, end_of_text(tokenizer), dtype
-    )
-    text_bytes = sum(len(text.encode()) for text in texts)
+    dtype = _dtype(vocabulary_size(tokenizer))
+    text_bytes = 0
+
+    def batches() -> Iterator[list[str]]:
+        nonlocal text_bytes
+        batch, size = [], 0
+        for text in read_part(task.text / f"{task.part}.parquet"):
+            batch.append(text)
+            size += len(text.encode())
+            if size >= PART_BYTES // 2:
+                yield batch
+                text_bytes += size
+                batch, size = [], 0
+        yield batch
+        text_bytes += size
+
+    def encode(texts: list[str]) -> list[np.ndarray]:
+        # encode_batch_fast skips offsets; special tokens of a loaded tokenizer are not wanted: shards place their own.
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.fromiter(encoding.ids, dtype, len(encoding)) for encoding in encodings]
+
+    # Halves, in two threads: while Python reads and copies for one, or the longest text of one is waited for, the cores
+    # have the other. Not more and shorter ones: each ends with cores that wait.
+    with ThreadPoolExecutor(2) as pool:
+        documents = (ids for batch in pool.map(encode, batches()) for ids in batch)
+        tokens, counts, found = shards.write_shard(
+            task.folder / f"{task.part}.tokens", documents, end_of_text(tokenizer), dtype
+        )
     about = {"tokens": str(tokens), "checksum": found, "text_bytes": str(text_bytes)}
     shards.write_atomically(done, save({"counts": counts}, metadata=about))
 
@@ -194,3 +214,7 @@ def index(task: Task) -> None:
     )
     for part in parts:
         (task.folder / f"{part}.safetensors").unlink(missing_ok=True)
+
+
+MANY_THREADED = frozenset({learn_own, pack})
+"""Work that is most of its time in `tokenizers`, which uses several cores by itself."""

@@ -20,7 +20,7 @@ INGEST, STREAM = 0.9, 0.01
 
 
 def bench(asked: argparse.Namespace) -> Iterator[Ratio]:
-    """Three ratios: ingest in one process, ingest on Ray Data, the stream's share of the CPU."""
+    """Three ratios: ingest in one process, ingest on Ray, the stream's share of the CPU."""
     size = SIZES[asked.size]
     job = text_job(size, asked.folder)
     prepare(job, local=True)
@@ -30,7 +30,7 @@ def bench(asked: argparse.Namespace) -> Iterator[Ratio]:
         asked.repeats,
         lambda: Side("raw tokenizers", way("raw")),
         lambda: Side("text.prepare", way("ours")),
-        lambda: Side("text.prepare on Ray Data", way("ray")),
+        lambda: Side("text.prepare on Ray", way("ray")),
     ) as (raw, *sides):
         for side in sides:
             ratio = side.median("tokens_per_s") / raw.median("tokens_per_s")

@@ -1,4 +1,4 @@
-"""Ways through text, one a process: raw tokenising, ours, ours on Ray Data, a silo's stream. Sides of `bench_text`."""
+"""Ways through text, one a process: raw tokenising, ours, ours on Ray, a silo's stream. Sides of `bench_text`."""
 
 import argparse
 import os
@@ -62,13 +62,13 @@ def ours(job: Job, run_all: RunAll) -> Ready:
     return {"parts": len(tasks)}, {SPEED: measure}
 
 
-def on_ray_data(job: Job) -> Ready:
-    """The same as tasks of Ray Data, as `dept-ray prepare` does it."""
+def on_ray(job: Job) -> Ready:
+    """The same as tasks on Ray, as `dept-ray prepare` does it."""
     from dept_ray.on_ray.cluster import connect
-    from dept_ray.on_ray.ingest import ray_data_runner
+    from dept_ray.on_ray.ingest import ray_runner
 
     connect()
-    about, measures = ours(job, ray_data_runner(job))
+    about, measures = ours(job, ray_runner(job))
     measures[SPEED]()  # its worker processes start with the first tasks
     return about, measures
 
@@ -142,7 +142,7 @@ if __name__ == "__main__":
     ways: dict[str, Callable[[], Ready]] = {
         "raw": lambda: raw(job),
         "ours": lambda: ours(job, run_here),
-        "ray": lambda: on_ray_data(job),
+        "ray": lambda: on_ray(job),
         "stream": lambda: stream(job, size),
     }
     serve(ways[asked.way])

@@ -1,5 +1,4 @@
-"""Ray Data reads what the shards hold, in the order that was asked for, and runs the preparation that a process
-would."""
+"""Ray Data reads what the shards hold, in the order that was asked for; Ray's tasks prepare what a process would."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -31,13 +30,13 @@ def test_ray_data_reads_the_same_bits_in_the_same_order(
 
 
 @pytest.mark.parametrize("kind", ["own", "global"])
-def test_ray_data_prepares_the_same_corpus_as_one_process(tmp_path: Path, kind: str) -> None:
-    from dept_ray.on_ray.ingest import ray_data_runner
+def test_ray_prepares_the_same_corpus_as_one_process(tmp_path: Path, kind: str) -> None:
+    from dept_ray.on_ray.ingest import ray_runner
 
     reports: list[tuple[str, int, int]] = []
     here, there = tiny_job(tmp_path / "here"), tiny_job(tmp_path / "there")
     prepare(here, kind)  # type: ignore[arg-type]
-    prepare(there, kind, ray_data_runner(there), lambda *report: reports.append(report))  # type: ignore[arg-type]
+    prepare(there, kind, ray_runner(there), lambda *report: reports.append(report))  # type: ignore[arg-type]
     for source in here.sources:
         a, b = (open_corpus(corpus_folder(job, source.name, kind)) for job in (here, there))  # type: ignore[arg-type]
         assert a.fingerprint == b.fingerprint
@@ -47,9 +46,9 @@ def test_ray_data_prepares_the_same_corpus_as_one_process(tmp_path: Path, kind: 
 
 
 def test_an_error_in_a_task_comes_back_as_our_own(tmp_path: Path) -> None:
-    from dept_ray.on_ray.ingest import ray_data_runner
+    from dept_ray.on_ray.ingest import ray_runner
 
     job = tiny_job(tmp_path)
     (tmp_path / "text" / "code" / "paths" / "all.jsonl").write_text('{"txet": "no such column"}\n')
     with pytest.raises(SourceError, match="txet"):
-        prepare(job, "own", ray_data_runner(job))
+        prepare(job, "own", ray_runner(job))
