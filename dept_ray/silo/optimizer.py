@@ -55,6 +55,10 @@ class Optimizer(Protocol):
         """Set all gradients to zero, in place: views of them live elsewhere."""
         ...
 
+    def forget(self) -> None:
+        """Begin without moments again."""
+        ...
+
 
 class AdamW:
     """Decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101); moments in the tensors' own type.
@@ -69,6 +73,9 @@ class AdamW:
         self.groups, self.betas, self.eps = groups, betas, eps
         self.moments: dict[str, dict[str, torch.Tensor]] = {}
         """By group: step (scalar), exp_avg and exp_avg_sq (of the shape of what is stepped); it begins without."""
+        self._forgotten: dict[str, dict[str, torch.Tensor]] = {}
+        """Moments whose memory serves again: to give back two bodies of it each round, and to touch as much anew, costs
+        a silo more than a step's arithmetic on them."""
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -84,11 +91,9 @@ class AdamW:
             assert grad is not None
             moments = self.moments.get(group.name)
             if moments is None:
-                moments = self.moments[group.name] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
-                    "exp_avg": torch.zeros_like(tensor),
-                    "exp_avg_sq": torch.zeros_like(tensor),
-                }
+                step = torch.zeros((), dtype=torch.float32, device=tensor.device)
+                like = {"step": step, "exp_avg": tensor, "exp_avg_sq": tensor}
+                moments = self.moments[group.name] = {key: self.zeros(group.name, key, of) for key, of in like.items()}
             adamw(
                 [tensor], [grad], [moments["exp_avg"]], [moments["exp_avg_sq"]], [], [moments["step"]], fused=True,
                 amsgrad=False, maximize=False, beta1=self.betas[0], beta2=self.betas[1], eps=self.eps, lr=group.lr,
@@ -101,6 +106,17 @@ class AdamW:
         for tensor in self.tensors:
             if tensor.grad is not None:
                 tensor.grad.zero_()
+
+    def forget(self) -> None:
+        """Begin without moments again."""
+        self._forgotten.update(self.moments)
+        self.moments.clear()
+
+    def zeros(self, group: str, key: str, like: torch.Tensor) -> torch.Tensor:
+        """A moment to begin with."""
+        was = self._forgotten.get(group, {}).pop(key, None)
+        same = was is not None and (was.shape, was.device) == (like.shape, like.device)
+        return was.zero_() if was is not None and same else torch.zeros_like(like)
 
 
 class Muon:
@@ -133,7 +149,7 @@ class Muon:
         assert grad is not None
         kept = self.moments.setdefault("matrices", {})
         if not kept:
-            kept["momentum"] = torch.zeros_like(flat)
+            kept["momentum"] = self.others.zeros("matrices", "momentum", flat)
         (settings,) = self._muon.param_groups
         settings.update(lr=self.matrices.lr, weight_decay=self.matrices.weight_decay)
         for matrix, gradient, momentum in zip(
@@ -147,6 +163,10 @@ class Muon:
         self.others.zero_grad()
         if self.matrices.tensor.grad is not None:
             self.matrices.tensor.grad.zero_()
+
+    def forget(self) -> None:
+        """Begin without moments again."""
+        self.others.forget()
 
     def _views(self, flat: torch.Tensor) -> list[torch.Tensor]:
         parts = flat.split([math.prod(shape) for shape in self.shapes])

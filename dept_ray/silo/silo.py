@@ -324,7 +324,7 @@ class Silo:
         """Make memory equal to the snapshot that an order names (None: to a fresh silo), unless it is already."""
         if (after := order.after) == self._after and after != NOWHERE:
             if not self._learner.keeps_moments:
-                self._learner.begin_moments({})
+                self._learner.optimizer.forget()
             return
         self._after = NOWHERE  # until all of it is read
         parts = {} if after is None else load_snapshot(silo_folder(self.job, self.spec.silo) / after)[0]

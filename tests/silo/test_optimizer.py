@@ -85,3 +85,20 @@ def test_one_that_is_given_the_moments_goes_on_with_them(kind: str) -> None:
     for lr in (2e-2, 1e-2):
         twins.step(lr)
         assert twins.same()
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_one_that_forgets_begins_like_a_fresh_one_in_the_same_memory(kind: str) -> None:
+    one, other = Twins(kind), Twins(kind)
+    one.step(1e-2)
+    other.step(1e-2)
+    where = {(group, key): v.data_ptr() for group, kept in one.ours.moments.items() for key, v in kept.items()}
+    one.ours.forget()
+    other.ours = other.fresh()
+    assert not one.ours.moments
+    for lr in (2e-2, 1e-2):
+        one.step(lr)
+        other.step(lr)
+        assert torch.equal(one.flat, other.flat)
+        assert torch.equal(one.table, other.table)
+    assert where == {(group, key): v.data_ptr() for group, kept in one.ours.moments.items() for key, v in kept.items()}
