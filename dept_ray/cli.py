@@ -235,7 +235,7 @@ def export(run: str, out: str, source: str | None, push: str | None) -> None:
 @click.option("--out", help="The file to write (default: report.html in the run's folder; of several runs, here).")
 def report(runs: tuple[str, ...], out: str | None) -> None:
     """One HTML page on RUN, or on several side by side: curves, time, bytes, membership, scores."""
-    from dept_ray.client import write_report
+    from dept_ray.reporting import write_report
 
     click.echo(write_report(runs, out))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dept_ray.config import Job
-from dept_ray.errors import ClusterError, ConfigError, RunError, StoreError
+from dept_ray.errors import ClusterError, ConfigError, RunError
 from dept_ray.messages import Change, RunStatus
 from dept_ray.metrics import Record, read_records
 from dept_ray.preparing import begun, prepare
@@ -182,7 +182,7 @@ class Run:
         """Its charts, beside those of other runs, for a notebook to show; the same as `dept-ray report` draws."""
         from dept_ray.study.report import plot_of
 
-        return plot_of([run.story(name) for run, name in _named([self, *others])])
+        return plot_of(stories_of([self, *others]))
 
     def score(self, source: str | None = None) -> Record:
         """Validation of the last committed round, made here and now, without Ray.
@@ -381,34 +381,9 @@ class Run:
         return records
 
 
-def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
-    """One HTML page on a run, or on several side by side.
-
-    Args:
-        runs: names under ./runs, or folders.
-        out: the file to write; None: `report.html`, in the run's folder or, of several, in this one.
-
-    Returns:
-        Where it is.
-
-    Raises:
-        ConfigError: there is no such run.
-        StoreError: the file cannot be written.
-    """
-    from dept_ray.study.report import report_on
-    from dept_ray.text.shards import write_atomically
-
-    opened = [Run.open(run) for run in dict.fromkeys(map(str, runs))]
-    file = Path(out) if out else Path("report.html") if len(opened) > 1 else opened[0].folder / "report.html"
-    text = report_on([run.story(name) for run, name in _named(opened)])
-    try:
-        write_atomically(file, text.encode())
-    except OSError as err:
-        raise StoreError(f"{file} cannot be written ({err}): name another file with --out") from err
-    return file
-
-
-def _named(runs: Sequence[Run]) -> list[tuple[Run, str]]:
-    """Runs with names to tell them apart by: two of one name go by their folders."""
+def stories_of(runs: "Sequence[Run]") -> "list[Story]":
+    """What became of runs, with names to tell them apart by: two of one name go by their folders."""
     names = [run.job.name for run in runs]
-    return [(run, str(run.folder) if names.count(name) > 1 else name) for run, name in zip(runs, names, strict=True)]
+    return [
+        run.story(str(run.folder) if names.count(name) > 1 else name) for run, name in zip(runs, names, strict=True)
+    ]

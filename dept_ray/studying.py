@@ -10,10 +10,11 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
-from dept_ray.client import Run, write_report
+from dept_ray.client import Run
 from dept_ray.config import Job
 from dept_ray.errors import RunError, StoreError, WrongRunError
 from dept_ray.in_process import train_here
+from dept_ray.reporting import write_report
 from dept_ray.rounds.folder import in_progress, run_folder
 from dept_ray.study.cells import Cell, cells_of
 from dept_ray.study.outcomes import Outcome, check_origin, outcomes_of

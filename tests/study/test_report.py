@@ -13,11 +13,12 @@ import pytest
 from click.testing import CliRunner
 
 from dept_ray.cli import main
-from dept_ray.client import Run, write_report
+from dept_ray.client import Run
 from dept_ray.config import Job
 from dept_ray.errors import ConfigError, StoreError
 from dept_ray.in_process import train_here
 from dept_ray.jobfile import parse_job
+from dept_ray.reporting import write_report
 from dept_ray.rounds.control import Control
 from dept_ray.rounds.methods import METHODS
 from dept_ray.study.report import plot_of, report_on
