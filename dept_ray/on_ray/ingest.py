@@ -43,10 +43,10 @@ def ray_runner(job: Job) -> RunAll:
             while len(results) < len(tasks):
                 alive = [node for node in ray.nodes() if node["Alive"]]  # anew each time: a cluster grows
                 for labels, numbers in waiting.items():
-                    room = _cpus(alive, dict(labels)) // threads - sum(there == labels for there, _ in running.values())
+                    room = _places(alive, dict(labels), threads) - sum(there == labels for there, _ in running.values())
                     while numbers and (room > 0 or not any(there == labels for there, _ in running.values())):
                         number = numbers.popleft()
-                        start = _run.options(label_selector=dict(labels)) if labels else _run
+                        start = _run.options(scheduling_strategy="SPREAD", label_selector=dict(labels) or None)
                         running[start.remote(work, tasks[number], threads)] = labels, number
                         room -= 1
                 ready, _ = ray.wait(list(running))
@@ -62,9 +62,10 @@ def ray_runner(job: Job) -> RunAll:
     return run_all
 
 
-def _cpus(alive: list[dict[str, Any]], labels: dict[str, str]) -> int:
-    """Logical CPUs of the nodes that have these labels."""
-    return int(sum(node["Resources"].get("CPU", 0) for node in alive if has_labels(node, labels)))
+def _places(alive: list[dict[str, Any]], labels: dict[str, str], threads: int) -> int:
+    """How many processes of so many threads the nodes with these labels have cores for, one each at least."""
+    cpus = [int(node["Resources"].get("CPU", 0)) for node in alive if has_labels(node, labels)]
+    return sum(max(1, each // threads) for each in cpus if each)
 
 
 @ray.remote(num_cpus=1)

@@ -1,5 +1,6 @@
 """Ray Data reads what the shards hold, in the order that was asked for; Ray's tasks prepare what a process would."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from dept_ray.config import Job
 from dept_ray.errors import SourceError
 from dept_ray.text.prepare import corpus_folder, prepare
 from dept_ray.text.shards import open_corpus
+from dept_ray.text.tasks import Task
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_here")]
 
@@ -52,3 +54,36 @@ def test_an_error_in_a_task_comes_back_as_our_own(tmp_path: Path) -> None:
     (tmp_path / "text" / "code" / "paths" / "all.jsonl").write_text('{"txet": "no such column"}\n')
     with pytest.raises(SourceError, match="txet"):
         prepare(job, "own", ray_runner(job))
+
+
+def test_tasks_run_beside_each_other_from_the_first_moment(tmp_path: Path) -> None:
+    """Each ends when all have begun."""
+    from dept_ray.on_ray.ingest import ray_runner
+
+    job = tiny_job(tmp_path)
+    tasks = [Task(source, tmp_path / source.name, tmp_path, job.tokenizer) for source in job.sources[:2]]
+    everybody = [task.folder for task in tasks]
+
+    def meet(task: Task) -> str:
+        task.folder.touch()
+        for _ in range(600):
+            if all(folder.exists() for folder in everybody):
+                return task.source.name
+            time.sleep(0.1)
+        return "alone"
+
+    assert ray_runner(job)(meet, tasks, lambda done: None) == [task.source.name for task in tasks]
+
+
+def test_a_process_of_several_threads_takes_their_cores_and_every_node_has_one() -> None:
+    from dept_ray.on_ray.ingest import _places
+
+    nodes = [
+        {"Resources": {"CPU": 2.0}, "Labels": {"region": "eu"}},
+        {"Resources": {"CPU": 64.0}, "Labels": {"region": "us"}},
+        {"Resources": {}, "Labels": {"region": "us"}},
+    ]
+    assert _places(nodes, {}, 1) == 66
+    assert _places(nodes, {}, 4) == 1 + 16
+    assert _places(nodes, {"region": "us"}, 4) == 16
+    assert _places(nodes, {"region": "asia"}, 4) == 0
