@@ -11,6 +11,7 @@ of a second late that one has ended, for it waits for all that run. On two cores
 import os
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -28,30 +29,38 @@ _THREADS = 4
 vocabulary per core in the caches: on two cores, two processes are a seventh slower than one."""
 
 
+@dataclass
+class _Queue:
+    """Tasks, by number, for nodes with the same labels."""
+
+    labels: dict[str, str]
+    waiting: deque[int] = field(default_factory=deque)
+    running: int = 0
+
+
 def ray_runner(job: Job) -> RunAll:
     """A `RunAll` on this process's Ray cluster."""
 
     def run_all(work: Callable[[Task], Any], tasks: list[Task], done: Callable[[int], None]) -> list[Any]:
         threads = _THREADS if work in MANY_THREADED else 1
-        waiting: dict[tuple[tuple[str, str], ...], deque[int]] = {}
+        queues = dict[tuple[tuple[str, str], ...], _Queue]()
         for number, task in enumerate(tasks):
-            labels = tuple(sorted(resources_of(job, task.source.name).labels.items()))
-            waiting.setdefault(labels, deque()).append(number)
-        running: dict[ray.ObjectRef[Any], tuple[tuple[tuple[str, str], ...], int]] = {}
-        results: dict[int, Any] = {}
+            labels = resources_of(job, task.source.name).labels
+            queues.setdefault(tuple(sorted(labels.items())), _Queue(labels)).waiting.append(number)
+        running, results = dict[Any, tuple[int, _Queue]](), dict[int, Any]()
         try:
             while len(results) < len(tasks):
                 alive = [node for node in ray.nodes() if node["Alive"]]  # anew each time: a cluster grows
-                for labels, numbers in waiting.items():
-                    room = _places(alive, dict(labels), threads) - sum(there == labels for there, _ in running.values())
-                    while numbers and (room > 0 or not any(there == labels for there, _ in running.values())):
-                        number = numbers.popleft()
-                        start = _run.options(scheduling_strategy="SPREAD", label_selector=dict(labels) or None)
-                        running[start.remote(work, tasks[number], threads)] = labels, number
-                        room -= 1
-                ready, _ = ray.wait(list(running))
-                for ref in ready:
-                    _, number = running.pop(ref)
+                for queue in queues.values():
+                    places = max(1, _places(alive, queue.labels, threads))
+                    while queue.waiting and queue.running < places:
+                        number = queue.waiting.popleft()
+                        start = _run.options(scheduling_strategy="SPREAD", label_selector=queue.labels or None)
+                        running[start.remote(work, tasks[number], threads)] = number, queue
+                        queue.running += 1
+                for ref in ray.wait(list(running))[0]:
+                    number, queue = running.pop(ref)
+                    queue.running -= 1
                     results[number] = _result(ref)
                     done(len(results))
         finally:
