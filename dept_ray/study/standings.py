@@ -62,7 +62,7 @@ class Standing:
     errors: tuple[str, ...] = ()
     activation: float | None = None
     over_best: dict[str, float] = field(default_factory=dict)
-    """Percent by which a figure is less than the best baseline's."""
+    """Percent by which a figure is less than the best baseline's; of no figure that was not measured on its text."""
     wins: tuple[int, int] | None = None
     """Of all sources and seeds, how often its bits per byte are less than the best baseline's; and of how many."""
 
@@ -90,9 +90,14 @@ def standings(
             best[name] = min(known, key=lambda one, name=name: one.figures[name].mean)
     rival = best.get("bits_per_byte")
     theirs = _by_source(by_row[rival.row], outcomes) if rival else {}
+    texts = {row: {source for _, source in _by_source(mine, outcomes)} for row, mine in by_row.items()}
     held = []
     for one in found:
-        over = {n: _percent_less(one.figures[n], best[n].figures[n]) for n in best if n in one.figures}
+        over = {
+            name: _percent_less(one.figures[name], other.figures[name])
+            for name, other in best.items()
+            if name in one.figures and texts[one.row] == texts[other.row]
+        }
         own = rival is not None and one.row == rival.row
         wins = None if rival is None or own else _wins(_by_source(by_row[one.row], outcomes), theirs)
         held.append(replace(one, over_best=over, wins=wins))

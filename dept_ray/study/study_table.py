@@ -70,7 +70,7 @@ def _words(study: Study, todo: Sequence[Cell]) -> str:
     unfinished = f" **{len(todo)} runs are not over yet.**" if todo else ""
     return (
         f"{seeds.capitalize()}{spread}. Means over sources; less is better. Perplexity compares within one vocabulary, "
-        f"bits per byte always.{against}{unfinished}"
+        f"bits per byte within the same text.{against}{unfinished}"
     )
 
 
@@ -85,7 +85,8 @@ def _bodies(study: Study, found: Sequence[Standing]) -> str:
         cells += [_percent(one, "bits_per_byte")] * rivals
         cells += [human(one.sent_bytes, "B") if one.sent_bytes else "nothing"]
         cells += [_plain(one.activation)] * measured
-        rows.append([*cells, _remarks(study, one)])
+        dealt = ["on held-out text of its own"] * study.variants[one.variant].dealt
+        rows.append([*cells, _remarks(study, one, *dealt)])
     return _table(head, rows)
 
 
@@ -136,8 +137,8 @@ def _pivot(study: Study, found: Sequence[Standing]) -> str:
     return _table(head, rows) + "\n\nDiverged: the run failed, or ended with more bits per byte than its unigram model."
 
 
-def _remarks(study: Study, one: Standing) -> str:
-    told = ["baseline"] * one.baseline
+def _remarks(study: Study, one: Standing, *more: str) -> str:
+    told = ["baseline"] * one.baseline + list(more)
     told += [f"{key} {value} of {_listed(study.variants[one.variant].sweep[key])}" for key, value in one.tried]
     if failed := len(one.errors):
         told.append(f"{failed} of {one.runs} failed")

@@ -52,6 +52,9 @@ def test_the_table_has_a_line_a_variant_and_the_pages_open(done: Study) -> None:
         assert [line.split(" ")[1] for line in part.splitlines() if line.startswith("| ")][2:] == list(VARIANTS)
     assert "runs are not over" not in text
     assert "out of it" in adapted
+    (dealt,) = (line for line in bodies.splitlines() if line.startswith("| glob-dealt "))
+    assert "on held-out text of its own" in dealt
+    assert "%" not in dealt, "which is not held against a baseline on other text"
     assert "lr 0.0" in adapted, "which value of the sweep was taken"
     figures = json.loads((folder_of(done) / "figures.json").read_text())
     assert figures["adaptations"]["random"][2]["runs"] == 2, "of two bodies"
