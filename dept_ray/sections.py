@@ -193,7 +193,8 @@ class OuterSection(Section):
     preset: Literal["average", "nesterov"] = "average"
     """average: (1.0, 0), the paper. nesterov: (0.7, 0.9), DiLoCo; hurts in runs of few rounds."""
     lr: Annotated[float, Field(gt=0)] | None = None
-    """eta; None: the preset's."""
+    """eta; None: the preset's. Where tables stay home deltas are all but orthogonal, so their mean is sqrt(silos) times
+    shorter than one: an eta of that size makes a body worth more to build upon, and a little less as it stands."""
     momentum: Fraction | None = None
     """mu; None: the preset's."""
     rows_lr: Annotated[float, Field(gt=0)] = 1.0
