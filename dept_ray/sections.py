@@ -112,7 +112,7 @@ class Resources(Section):
     num_gpus: Annotated[float, Field(ge=0)] = 0
     """GPUs per silo; fractions share one."""
     num_cpus: Annotated[float, Field(ge=0)] = 0
-    """Logical CPUs that Ray sets aside per silo. Keep 0 on a GPU: silos that hold every CPU starve Ray Data."""
+    """Logical CPUs that Ray sets aside per silo. Keep 0 on a GPU: silos that hold every CPU starve its tasks."""
     labels: dict[str, str] = {}
     """Node labels that place the silo, such as region = "eu"."""
     ranks: Positive | None = None

@@ -25,7 +25,7 @@ def connect(address: str | None = None, silos: int = 0, outlive: bool = False) -
 
     Args:
         address: HOST:PORT, ray://HOST:PORT, auto, or local.
-        silos: how many processes there will be, besides Ray Data's tasks.
+        silos: how many processes there will be, besides tasks.
         outlive: whether the cluster must outlive this process.
 
     Raises:
@@ -49,7 +49,7 @@ def connect(address: str | None = None, silos: int = 0, outlive: bool = False) -
             if address and address != "local":
                 ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
             else:
-                # Logical CPUs are for Ray Data's tasks, and Ray warns where there are many more processes than CPUs.
+                # Logical CPUs are for tasks, and Ray warns where there are many more processes than CPUs.
                 ray.init(
                     address="local", namespace=NAMESPACE, num_cpus=max(2, os.cpu_count() or 2, silos),
                     include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,

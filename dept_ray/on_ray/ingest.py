@@ -5,7 +5,7 @@ travels. Tasks of sources with labels run on nodes with those labels.
 
 Plain tasks, not a dataset of Ray Data: nothing flows here that it could stream, and its executor lets one task run at
 a time for a dataset's first second, for it has not heard of its share of the cluster yet, and sees up to two tenths
-of a second late that one has ended, for it waits for all that run. On two cores that took a sixth of the speed.
+of a second late that one has ended, for it waits for all that run.
 """
 
 import os
@@ -25,8 +25,10 @@ from dept_ray.text.prepare import RunAll
 from dept_ray.text.tasks import MANY_THREADED, Task
 
 _THREADS = 4
-"""Of a process whose task uses cores by itself. More would wait for the Python between batches; one each would keep a
-vocabulary per core in the caches: on two cores, two processes are a seventh slower than one."""
+"""Of a process whose task uses cores by itself, where there are tasks enough. More would wait for the Python between
+batches; one each would keep a vocabulary per core in the caches: on two cores, two processes are a seventh slower."""
+_LOOK_EVERY_S = 2.0
+"""For nodes that have come."""
 
 
 @dataclass
@@ -42,7 +44,7 @@ def ray_runner(job: Job) -> RunAll:
     """A `RunAll` on this process's Ray cluster."""
 
     def run_all(work: Callable[[Task], Any], tasks: list[Task], done: Callable[[int], None]) -> list[Any]:
-        threads = _THREADS if work in MANY_THREADED else 1
+        threads = max(_THREADS, sum(_cores({})) // max(1, len(tasks))) if work in MANY_THREADED else 1
         queues = dict[tuple[tuple[str, str], ...], _Queue]()
         for number, task in enumerate(tasks):
             labels = resources_of(job, task.source.name).labels
@@ -50,15 +52,14 @@ def ray_runner(job: Job) -> RunAll:
         running, results = dict[Any, tuple[int, _Queue]](), dict[int, Any]()
         try:
             while len(results) < len(tasks):
-                alive = [node for node in ray.nodes() if node["Alive"]]  # anew each time: a cluster grows
                 for queue in queues.values():
-                    places = max(1, _places(alive, queue.labels, threads))
+                    places = max(1, sum(-(-cores // threads) for cores in _cores(queue.labels)))
                     while queue.waiting and queue.running < places:
                         number = queue.waiting.popleft()
                         start = _run.options(scheduling_strategy="SPREAD", label_selector=queue.labels or None)
                         running[start.remote(work, tasks[number], threads)] = number, queue
                         queue.running += 1
-                for ref in ray.wait(list(running))[0]:
+                for ref in ray.wait(list(running), timeout=_LOOK_EVERY_S)[0]:
                     number, queue = running.pop(ref)
                     queue.running -= 1
                     results[number] = _result(ref)
@@ -71,10 +72,15 @@ def ray_runner(job: Job) -> RunAll:
     return run_all
 
 
-def _places(alive: list[dict[str, Any]], labels: dict[str, str], threads: int) -> int:
-    """How many processes of so many threads the nodes with these labels have cores for, one each at least."""
-    cpus = [int(node["Resources"].get("CPU", 0)) for node in alive if has_labels(node, labels)]
-    return sum(max(1, each // threads) for each in cpus if each)
+def _cores(labels: dict[str, str]) -> list[int]:
+    """Of each node with these labels that is there by now. A Ray of this process's own counts CPUs by its silos."""
+    here, mine = ray.get_runtime_context().get_node_id(), os.cpu_count() or 1
+    told = [
+        (node["NodeID"], int(node["Resources"].get("CPU", 0)))
+        for node in ray.nodes()
+        if node["Alive"] and has_labels(node, labels)
+    ]
+    return [min(cpus, mine) if node == here else cpus for node, cpus in told]
 
 
 @ray.remote(num_cpus=1)
@@ -87,6 +93,6 @@ def _result(ref: "ray.ObjectRef[Any]") -> Any:
     try:
         return ray.get(ref)
     except RayTaskError as err:
-        if isinstance(err.cause, DeptError):
+        if isinstance(err.cause, DeptError | OSError):
             raise err.cause from None
         raise

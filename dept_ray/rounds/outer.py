@@ -182,7 +182,7 @@ def body_step(
     Returns:
         New theta and m.
     """
-    # By numpy, which asks for memory in huge pages: torch's took a coordinator's thread 125,000 page faults a round.
+    # By numpy, which asks for memory in huge pages: torch's takes a coordinator's thread a page fault for 4 KiB.
     new_m = None if mu == 0 else torch.from_numpy(np.empty(theta.shape, np.float32))
 
     def step(here: slice, piece: np.ndarray, room: np.ndarray) -> None:

@@ -115,7 +115,8 @@ class AdamW:
     def zeros(self, group: str, key: str, like: torch.Tensor) -> torch.Tensor:
         """A moment to begin with."""
         was = self._forgotten.get(group, {}).pop(key, None)
-        same = was is not None and (was.shape, was.device) == (like.shape, like.device)
+        kind = (like.shape, like.dtype, like.device)
+        same = was is not None and (was.shape, was.dtype, was.device) == kind
         return was.zero_() if was is not None and same else torch.zeros_like(like)
 
 

@@ -62,7 +62,8 @@ class Standing:
     errors: tuple[str, ...] = ()
     activation: float | None = None
     over_best: dict[str, float] = field(default_factory=dict)
-    """Percent by which a figure is less than the best baseline's; of no figure that was not measured on its text."""
+    """Percent by which a figure is less than the best baseline's: of those measured on the same text and, if it is a
+    perplexity, on the same tokens."""
     wins: tuple[int, int] | None = None
     """Of all sources and seeds, how often its bits per byte are less than the best baseline's; and of how many."""
 
@@ -83,25 +84,32 @@ def standings(
     for cell in taken:
         by_row.setdefault(cell.row, []).append(cell)
     found = [_standing(study, mine, outcomes) for mine in by_row.values()]
-    baselines = [one for one in found if one.baseline]
-    best: dict[str, Standing] = {}
-    for name in FIGURES:
-        if known := [one for one in baselines if name in one.figures]:
-            best[name] = min(known, key=lambda one, name=name: one.figures[name].mean)
-    rival = best.get("bits_per_byte")
-    theirs = _by_source(by_row[rival.row], outcomes) if rival else {}
-    texts = {row: {source for _, source in _by_source(mine, outcomes)} for row, mine in by_row.items()}
+    bits = {row: _by_source(mine, outcomes) for row, mine in by_row.items()}
+    unigram = {row: _by_source(mine, outcomes, "unigram_bits_per_byte") for row, mine in by_row.items()}
     held = []
     for one in found:
-        over = {
-            name: _percent_less(one.figures[name], other.figures[name])
-            for name, other in best.items()
-            if name in one.figures and texts[one.row] == texts[other.row]
-        }
-        own = rival is not None and one.row == rival.row
-        wins = None if rival is None or own else _wins(_by_source(by_row[one.row], outcomes), theirs)
+        rivals = [b for b in found if b.baseline and _sources(bits[b.row]) == _sources(bits[one.row])]
+        best: dict[str, Standing] = {}
+        for name, (key, _) in FIGURES.items():
+            known = [b for b in rivals if name in b.figures]
+            if key == "perplexity":
+                known = [b for b in known if _alike(unigram[b.row], unigram[one.row])]
+            if known:
+                best[name] = min(known, key=lambda b, name=name: b.figures[name].mean)
+        over = {n: _percent_less(one.figures[n], other.figures[n]) for n, other in best.items() if n in one.figures}
+        rival = best.get("bits_per_byte")
+        wins = None if rival is None or rival.row == one.row else _wins(bits[one.row], bits[rival.row])
         held.append(replace(one, over_best=over, wins=wins))
     return held
+
+
+def _sources(scores: Mapping[tuple[int, str], float]) -> set[str]:
+    return {source for _, source in scores}
+
+
+def _alike(mine: Mapping[tuple[int, str], float], theirs: Mapping[tuple[int, str], float]) -> bool:
+    """Whether, by unigram models, texts were cut into the same tokens; a trimmed vocabulary's differs by a hair."""
+    return all(math.isclose(mine[key], theirs[key], rel_tol=0.002) for key in mine.keys() & theirs.keys())
 
 
 def _percent_less(mine: Spread, theirs: Spread) -> float:
@@ -129,13 +137,15 @@ def _standing(study: Study, cells: Sequence[Cell], outcomes: Mapping[str, Outcom
     )  # fmt: skip
 
 
-def _by_source(cells: Iterable[Cell], outcomes: Mapping[str, Outcome]) -> dict[tuple[int, str], float]:
-    """Bits per byte by seed and source: of several bodies, the mean."""
+def _by_source(
+    cells: Iterable[Cell], outcomes: Mapping[str, Outcome], figure: str = "bits_per_byte"
+) -> dict[tuple[int, str], float]:
+    """A figure by seed and source: of several bodies, the mean."""
     found: dict[tuple[int, str], list[float]] = {}
     for cell in cells:
         for source, score in outcomes[cell.name].scores.items() if outcomes[cell.name].finished else ():
-            bits = score["bits_per_byte"]
-            found.setdefault((cell.seed, source), []).append(math.inf if bits is None else bits)
+            value = score[figure]
+            found.setdefault((cell.seed, source), []).append(math.inf if value is None else value)
     return {key: fmean(values) for key, values in found.items()}
 
 

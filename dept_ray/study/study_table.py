@@ -109,7 +109,8 @@ def _adapted(study: Study, found: Sequence[Standing]) -> str:
             cells.append(_percent(one, "perplexity"))
             cells += [_percent(one, "perplexity_held_out")] * held_out
             cells.append(f"{one.wins[0]} of {one.wins[1]}" if one.wins else "")
-        rows.append([*cells, _remarks(study, one)])
+        other = rivals and "perplexity" in one.figures and "perplexity" not in one.over_best
+        rows.append([*cells, _remarks(study, one, *["tokens of its own"] * other)])
     return _table([*head, "remarks"], rows)
 
 

@@ -36,7 +36,7 @@ def counted() -> int:
     for line in listed.splitlines():
         _, _, _, here, there, *_ = line.split()
         owner, amount = re.search(r'users:\(\("([^"]+)",pid=(\d+)', line), re.search(r"bytes_sent:(\d+)", line)
-        if owner and (owner[1] in ("raylet", "ray::SiloActor") or int(owner[2]) == os.getpid()):
+        if owner and (owner[1].startswith(("raylet", "ray::SiloActor")) or int(owner[2]) == os.getpid()):
             carries.add(here)
         sent[here, there] = int(amount[1]) if amount else 0
     return sum(amount for ends, amount in sent.items() if carries.issuperset(ends))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 from tiny import tiny_job
 
 from dept_ray.config import Job
@@ -75,15 +76,31 @@ def test_tasks_run_beside_each_other_from_the_first_moment(tmp_path: Path) -> No
     assert ray_runner(job)(meet, tasks, lambda done: None) == [task.source.name for task in tasks]
 
 
-def test_a_process_of_several_threads_takes_their_cores_and_every_node_has_one() -> None:
-    from dept_ray.on_ray.ingest import _places
+def test_processes_are_as_many_as_there_are_cores_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a local Ray, whose CPUs are its silos, by this machine's cores."""
+    from dept_ray.on_ray import ingest
 
+    here = ray.get_runtime_context().get_node_id()
     nodes = [
-        {"Resources": {"CPU": 2.0}, "Labels": {"region": "eu"}},
-        {"Resources": {"CPU": 64.0}, "Labels": {"region": "us"}},
-        {"Resources": {}, "Labels": {"region": "us"}},
+        {"Alive": True, "NodeID": here, "Resources": {"CPU": 100.0}, "Labels": {"region": "eu"}},
+        {"Alive": True, "NodeID": "b", "Resources": {"CPU": 6.0}, "Labels": {"region": "us"}},
+        {"Alive": True, "NodeID": "c", "Resources": {}, "Labels": {"region": "us"}},
+        {"Alive": False, "NodeID": "d", "Resources": {"CPU": 8.0}, "Labels": {"region": "us"}},
     ]
-    assert _places(nodes, {}, 1) == 66
-    assert _places(nodes, {}, 4) == 1 + 16
-    assert _places(nodes, {"region": "us"}, 4) == 16
-    assert _places(nodes, {"region": "asia"}, 4) == 0
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert ingest._cores({}) == [2, 6, 0]
+    assert ingest._cores({"region": "us"}) == [6, 0]
+    assert ingest._cores({"region": "asia"}) == []
+
+
+def test_an_error_of_the_disk_comes_back_as_it_was(tmp_path: Path) -> None:
+    from dept_ray.on_ray.ingest import ray_runner
+
+    job = tiny_job(tmp_path)
+
+    def full(task: Task) -> None:
+        raise OSError(28, "No space left on device", "shard")
+
+    with pytest.raises(OSError, match=r"^\[Errno 28\] No space left on device: 'shard'$"):
+        ray_runner(job)(full, [Task(job.sources[0], tmp_path, tmp_path, job.tokenizer)], lambda done: None)

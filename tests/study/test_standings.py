@@ -64,6 +64,20 @@ def test_wins_are_counted_over_sources_and_seeds_against_the_best_baseline(study
     assert (std.wins, act.wins, spec.wins) == ((0, 4), None, (2, 4))
 
 
+def test_what_was_measured_on_other_text_or_tokens_is_not_held_against_it(study: Study) -> None:
+    cells, outcomes = told(study, std=(3.0, 3.0), act=(2.0, 2.0), spec=(1.0, 1.0))
+    for seed in (0, 1):
+        for score in outcomes[f"s.spec.s{seed}"].scores.values():
+            score["unigram_bits_per_byte"] = 1.05 * UNIGRAM
+        act = outcomes[f"s.act.s{seed}"].scores
+        act["share"] = act.pop("code")
+    std, act, spec = standings(study, cells, outcomes)
+    assert spec.over_best.keys() == {"bits_per_byte"}, "whose tokens are its own"
+    assert spec.over_best["bits_per_byte"] == pytest.approx(100 * 2 / 3), "and the better baseline's text is another"
+    assert std.over_best == {"bits_per_byte": 0, "perplexity": 0}
+    assert (act.over_best, act.wins, spec.wins) == ({"bits_per_byte": 0, "perplexity": 0}, None, (4, 4))
+
+
 def test_what_is_held_out_has_figures_of_its_own(study: Study) -> None:
     cells, outcomes = told(study, std=(3.0, 3.0), spec=(3.0, 3.0))
     outcomes |= {c.name: scored(2.0, 5.0 if c.variant == "std" else 4.0) for c in cells if c.adaptation}
