@@ -44,7 +44,7 @@ def ray_runner(job: Job) -> RunAll:
     """A `RunAll` on this process's Ray cluster."""
 
     def run_all(work: Callable[[Task], Any], tasks: list[Task], done: Callable[[int], None]) -> list[Any]:
-        threads = max(_THREADS, sum(_cores({})) // max(1, len(tasks))) if work in MANY_THREADED else 1
+        threads = max(_THREADS, sum(_cores(ray.nodes(), {})) // max(1, len(tasks))) if work in MANY_THREADED else 1
         queues = dict[tuple[tuple[str, str], ...], _Queue]()
         for number, task in enumerate(tasks):
             labels = resources_of(job, task.source.name).labels
@@ -52,8 +52,9 @@ def ray_runner(job: Job) -> RunAll:
         running, results = dict[Any, tuple[int, _Queue]](), dict[int, Any]()
         try:
             while len(results) < len(tasks):
+                nodes = ray.nodes()  # anew each time: a cluster grows
                 for queue in queues.values():
-                    places = max(1, sum(-(-cores // threads) for cores in _cores(queue.labels)))
+                    places = _places(_cores(nodes, queue.labels), threads)
                     while queue.waiting and queue.running < places:
                         number = queue.waiting.popleft()
                         start = _run.options(scheduling_strategy="SPREAD", label_selector=queue.labels or None)
@@ -72,15 +73,24 @@ def ray_runner(job: Job) -> RunAll:
     return run_all
 
 
-def _cores(labels: dict[str, str]) -> list[int]:
+def _cores(nodes: list[dict[str, Any]], labels: dict[str, str]) -> list[int]:
     """Of each node with these labels that is there by now. A Ray of this process's own counts CPUs by its silos."""
     here, mine = ray.get_runtime_context().get_node_id(), os.cpu_count() or 1
     told = [
         (node["NodeID"], int(node["Resources"].get("CPU", 0)))
-        for node in ray.nodes()
+        for node in nodes
         if node["Alive"] and has_labels(node, labels)
     ]
     return [min(cpus, mine) if node == here else cpus for node, cpus in told]
+
+
+def _places(cores: list[int], threads: int) -> int:
+    """Processes of so many threads that keep all cores busy; one at least, which waits for a node if there is none.
+
+    >>> _places([6, 2, 0], 4), _places([6, 2, 0], 1), _places([], 4)
+    (3, 8, 1)
+    """
+    return max(1, sum(-(-each // threads) for each in cores))
 
 
 @ray.remote(num_cpus=1)

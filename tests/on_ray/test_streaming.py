@@ -1,5 +1,6 @@
 """Ray Data reads what the shards hold, in the order that was asked for; Ray's tasks prepare what a process would."""
 
+import doctest
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -87,11 +88,11 @@ def test_processes_are_as_many_as_there_are_cores_for(monkeypatch: pytest.Monkey
         {"Alive": True, "NodeID": "c", "Resources": {}, "Labels": {"region": "us"}},
         {"Alive": False, "NodeID": "d", "Resources": {"CPU": 8.0}, "Labels": {"region": "us"}},
     ]
-    monkeypatch.setattr(ray, "nodes", lambda: nodes)
     monkeypatch.setattr("os.cpu_count", lambda: 2)
-    assert ingest._cores({}) == [2, 6, 0]
-    assert ingest._cores({"region": "us"}) == [6, 0]
-    assert ingest._cores({"region": "asia"}) == []
+    assert ingest._cores(nodes, {}) == [2, 6, 0]
+    assert ingest._cores(nodes, {"region": "us"}) == [6, 0]
+    assert ingest._cores(nodes, {"region": "asia"}) == []
+    assert doctest.testmod(ingest).failed == 0
 
 
 def test_an_error_of_the_disk_comes_back_as_it_was(tmp_path: Path) -> None:
