@@ -110,11 +110,11 @@ class Job(Section):
             )
 
     def _check_shard(self, wish: Resources) -> None:
-        """Whether the optimizer's moments can be kept in parts."""
-        if self.inner.optimizer == "muon" and wish.shard == "always" and wish.processes > 1:
+        """Whether the optimizer's moments can be cut."""
+        if self.inner.optimizer == "muon" and wish.shard in ("moments", "all") and wish.processes > 1:
             raise ValueError(
-                'inner.optimizer = "muon" and resources.shard = "always": Muon steps whole matrices, which no rank has '
-                'the moments of; set inner.optimizer = "adamw", or resources.shard = "never"'
+                f'inner.optimizer = "muon" and resources.shard = "{wish.shard}": Muon steps whole matrices, which no '
+                'rank has the moments of; set inner.optimizer = "adamw", or resources.shard = "never"'
             )
 
     @property

@@ -243,7 +243,7 @@ class SiloSpec:
     ranks: int = 1
     """Processes that train it together."""
     shard: str = "auto"
-    """Whether each of them keeps a part of the moments alone: auto, never or always."""
+    """What is cut among them: auto, never (nothing), moments or all."""
     held_out: tuple[str, ...] = ()
     """Sources that it only scores."""
 

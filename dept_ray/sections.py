@@ -117,11 +117,12 @@ class Resources(Section):
     """Node labels that place the silo, such as region = "eu"."""
     ranks: Positive | None = None
     """Processes that train a silo together, on one node, each with an equal share of every batch, of num_gpus, num_cpus
-    and inner.threads. None: one for each whole GPU, one on a CPU. Each holds all parameters and their gradient."""
-    shard: Literal["auto", "never", "always"] = "auto"
-    """Whether each rank keeps, and steps, only its part of the optimizer's moments: 8 of 16 bytes a parameter become
-    8 / ranks, at no loss of speed, and files are the same. auto: where a GPU would be more than three quarters full
-    without its activations; never on a CPU, nor with Muon, which needs whole matrices."""
+    and inner.threads. None: one for each whole GPU, one on a CPU. What each holds is `shard`."""
+    shard: Literal["auto", "never", "moments", "all"] = "auto"
+    """What is cut among the ranks. never: each has all, 16 bytes a parameter. moments: each keeps and steps its part of
+    the optimizer's moments (ZeRO 1): 8 + 8 / ranks, at no loss of speed. all: weights and gradient too (FSDP): 16 /
+    ranks, while each block travels three times a micro-batch. Files are the same. auto: the first of these that fills a
+    GPU three quarters at most without its activations; never on a CPU, nor with Muon, which needs whole matrices."""
 
     @property
     def processes(self) -> int:

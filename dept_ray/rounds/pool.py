@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from dept_ray.config import Job
-from dept_ray.errors import DeptError
+from dept_ray.errors import ConfigError, DeptError
 from dept_ray.messages import RoundOrder, SiloCard, SiloSpec, SiloStatus, SiloUpdate
 from dept_ray.rounds.methods import method_of, resources_of, silos_of, silos_per_round
 from dept_ray.silo.hardware import compile_pays, threads_for
@@ -212,6 +212,12 @@ class LocalPool:
         return {name: silo.card() for name, silo in self.silos.items()}
 
     def open(self, job: Job, first: Job) -> None:
+        cut = [name for name, spec in specs_of(job, first).items() if spec.shard == "all" and spec.ranks > 1]
+        if len(cut) > 1:
+            raise ConfigError(
+                f'resources.shard = "all" for {", ".join(cut)}: torch lets a process have one silo whose model is cut; '
+                "train on Ray (without --local), where each has a process of its own"
+            )
         self.first = first
         self.silos = {name: self.make(job, spec) for name, spec in specs_of(job, first).items()}
 

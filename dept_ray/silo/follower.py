@@ -35,7 +35,7 @@ def follow(port: int, rank: int) -> None:
     told = json.loads(store.get("spec"))
     spec = SiloSpec(**told | {"sources": tuple(told["sources"])})
     try:
-        with closing(Silo(job, spec)) as silo:
+        with closing(Silo(job, spec, rank=rank)) as silo:
             store.set(f"here/{rank}", "")
             team = join(store, rank, spec.ranks, spec.gpu, job.faults.start_timeout_s)
             for number in itertools.count(1):

@@ -6,6 +6,7 @@ that a resumed run makes the same choices and therefore the same bits. Attention
 device and size (`attention`, `loss`).
 """
 
+import math
 import os
 from dataclasses import dataclass, replace
 
@@ -14,9 +15,13 @@ import torch
 from dept_ray.config import Job
 from dept_ray.errors import ClusterError
 from dept_ray.silo.flops import peak_flops
+from dept_ray.silo.model import Sizes
 
 _COMPILE_PAYS_AFTER_STEPS = 3000
 """On 2 CPU cores a cold compile costs 9 to 22 s per process and saves some 5 ms a step."""
+
+_CUT = {"moments": "moments", "all": "model"}
+"""What each rank has a part of, in a word, by `resources.shard`."""
 
 STATE_PART = 0.75
 """Of a GPU's memory that parameters, gradients and moments may take; the rest is for activations."""
@@ -32,8 +37,8 @@ class Hardware:
     compile: bool
     micro_batch: int
     ranks: int = 1
-    parts: int = 1
-    """In how many parts the optimizer's moments are kept, one for each rank; 1: each rank has all."""
+    shard: str = "never"
+    """What is cut among the ranks, as `resources.shard`: never (nothing), moments or all."""
     state_bytes: int = 0
     """Of each rank while it trains, without activations; 0 where there is one rank."""
     peak_flops: float = 0.0
@@ -43,14 +48,19 @@ class Hardware:
         words = [self.device, f"{self.threads} thread{'s' * (self.threads > 1)}", "bf16" if self.autocast else "fp32"]
         words += [f"micro-batch {self.micro_batch}"] * (self.device_type == "cuda")
         words += ["compiled"] * self.compile + [f"{self.ranks} ranks"] * (self.ranks > 1)
-        words += [f"moments in {self.parts} parts"] * (self.parts > 1)
+        words += [f"{_CUT.get(self.shard)} in {self.parts} parts"] * (self.parts > 1)
         words += [f"{self.state_bytes / 1e9:.3g} GB a rank"] * (self.device_type == "cuda" and self.ranks > 1)
         return ", ".join(words)
 
     @property
-    def shard(self) -> str:
-        """What the other ranks are told, who may see another GPU: always or never, as `resources.shard`."""
-        return "always" if self.parts > 1 else "never"
+    def parts(self) -> int:
+        """In how many parts the optimizer's moments are kept, one for each rank; 1: each rank has all."""
+        return 1 if self.shard == "never" else self.ranks
+
+    @property
+    def home(self) -> str:
+        """Where rank 0 keeps the whole model between two orders: the host, where a GPU may have no room for it."""
+        return "cpu" if self.shard == "all" else self.device
 
     @property
     def device_type(self) -> str:
@@ -90,31 +100,39 @@ def choose_hardware(job: Job, threads: int, gpu: bool, compile: bool, ranks: int
     return Hardware(device, threads, autocast, compile, micro_batch, ranks, peak_flops=peak)
 
 
-def choose_parts(hardware: Hardware, job: Job, shard: str, parameters: int) -> Hardware:
-    """The same, and whether the moments of a silo of several ranks are kept in parts.
+def choose_shard(hardware: Hardware, job: Job, shard: str, sizes: Sizes) -> Hardware:
+    """The same, and what is cut among the ranks of a silo that has several.
 
     Args:
         hardware: as chosen so far.
-        job: whose optimizer it is: Muon has no parts (the job refuses to be told otherwise).
-        shard: auto, never or always, as `resources.shard`.
-        parameters: of the silo's model.
+        job: whose optimizer it is: under Muon nothing is cut (the job refuses to be told otherwise).
+        shard: auto, never, moments or all, as `resources.shard`. auto: the first of the others with which a GPU has
+            room for activations, or the last; never on a CPU.
+        sizes: of the silo's model.
     """
     if hardware.ranks == 1:
         return hardware
-    whole, divided = (state_bytes(parameters, hardware.autocast, parts) for parts in (1, hardware.ranks))
-    full = hardware.device_type == "cuda" and whole > STATE_PART * torch.cuda.mem_get_info()[1]
-    if job.inner.optimizer == "adamw" and (shard == "always" or (shard == "auto" and full)):
-        return replace(hardware, parts=hardware.ranks, state_bytes=divided)
-    return replace(hardware, state_bytes=whole)
+    ways = {way: state_bytes(sizes, hardware.autocast, way, hardware.ranks) for way in ("never", *_CUT)}
+    if shard == "auto":
+        limit = STATE_PART * torch.cuda.mem_get_info()[1] if hardware.device_type == "cuda" else math.inf
+        may = ways if job.inner.optimizer == "adamw" else ("never",)
+        shard = next((way for way in may if ways[way] <= limit), tuple(may)[-1])
+    # The hooks that gather and free a block's shards break the graphs that the compiler would make.
+    return replace(hardware, shard=shard, state_bytes=ways[shard], compile=hardware.compile and shard != "all")
 
 
-def state_bytes(parameters: int, autocast: bool, parts: int) -> int:
-    """Of a rank: weights and gradient, their cast to bf16, and its part of AdamW's two moments.
+def state_bytes(sizes: Sizes, autocast: bool, shard: str, ranks: int) -> int:
+    """Of a rank: weights and gradient, their cast to bf16, and AdamW's two moments, or its part of what is cut.
 
-    >>> state_bytes(1_000, autocast=True, parts=1), state_bytes(1_000, autocast=True, parts=8)
-    (18000, 11000)
+    Where all is cut, the embedding is whole during a pass, with its gradient; of the body a block, which is left out.
+
+    >>> sizes = Sizes(body=800, tokens=160, positions=40)
+    >>> [state_bytes(sizes, autocast=True, shard=shard, ranks=8) for shard in ("never", "moments", "all")]
+    [18000, 11000, 3600]
     """
-    return parameters * (4 + 4 + 2 * autocast) + 8 * parameters // parts
+    if shard == "all":
+        return 16 * sizes.total // ranks + 8 * (sizes.tokens + sizes.positions)
+    return sizes.total * (4 + 4 + 2 * autocast) + 8 * sizes.total // (ranks if shard == "moments" else 1)
 
 
 def _divisor(number: int, most: int) -> int:

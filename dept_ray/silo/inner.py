@@ -145,14 +145,14 @@ def train_steps(
     losses[: made.steps] = torch.tensor(made.losses)
     done, began, watched = made.steps, time.perf_counter(), time.perf_counter()
     tokens_per_step = inner.batch_size * inner.context
-    norms = Norms(inner.norms_every if team.rank == 0 else 0, schedule.first_step)
+    norms = Norms(inner.norms_every, schedule.first_step)  # on all ranks, where none has the whole model
     model.train()
     for batch in batches:
         if done and should_stop():  # who is asked to hand in what it has should have something
             break
         optimizer.zero_grad()
         for group in optimizer.groups:
-            group.lr = schedule.rate(group.name, done)
+            group.lr = schedule.rate(group.kind, done)
         ids = torch.from_numpy(team.rows(batch).astype(np.int64))
         if hardware.device_type == "cuda":
             ids = ids.pin_memory().to(hardware.device, non_blocking=True)

@@ -3,7 +3,8 @@
 It is drawn, put into a snapshot's parts and read from them. What is ordered, read, sent and saved is `silo`'s to know.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
@@ -20,20 +21,20 @@ from dept_ray.silo.vectors import Vectors
 
 
 class Learner:
-    """Of one silo.
+    """Of one silo, on one of its ranks.
 
     Args:
         job, spec: what the silo was made of.
-        hardware: where the model is, and in how many parts moments are kept.
+        hardware: where the model is, and what of its state is cut among the ranks.
         vocabulary_size: rows of its embedding.
+        rank: 0 has the whole model; where all is cut, the others have no values.
     """
 
-    def __init__(self, job: Job, spec: SiloSpec, hardware: Hardware, vocabulary_size: int) -> None:
+    def __init__(self, job: Job, spec: SiloSpec, hardware: Hardware, vocabulary_size: int, rank: int = 0) -> None:
         self.job, self.spec, self.hardware, self.vocabulary_size = job, spec, hardware, vocabulary_size
         self.layout = layout_of(job.model)  # pyright: ignore[reportArgumentType] - a frozen section has a hash
-        body = Body(job.model)
-        body.recompute = job.inner.checkpoint_activations
-        self.model = LanguageModel(body, Embedding(vocabulary_size, job.model, job.positions)).to(hardware.device)
+        self._rank = rank
+        self.model = new_model(job, vocabulary_size, "meta" if rank and hardware.shard == "all" else hardware.home)
         self.body, self._body_grad = flatten_parameters(self.model.body, self.layout)
         self.vectors = Vectors(spec.silo, self.model, self.body)
         self.optimizer = self._new_optimizer()
@@ -48,14 +49,19 @@ class Learner:
         """The optimizer's, by group and kind."""
         return {f"{group}.{key}": v for group, kept in self.optimizer.moments.items() for key, v in kept.items()}
 
-    def begin_moments(self, moments: Mapping[str, torch.Tensor], rank: int = 0) -> None:
-        """Begin with these moments, and no others.
+    @contextmanager
+    def on_device(self) -> Iterator[LanguageModel]:
+        """The whole model where it computes: a copy, where that is not its home."""
+        if self.hardware.home == self.hardware.device:
+            yield self.model
+            return
+        model = new_model(self.job, self.vocabulary_size, "meta").to_empty(device=self.hardware.device)
+        model.load_state_dict(self.model.state_dict())
+        yield model
 
-        Args:
-            moments: as `moments` told them, on any device.
-            rank: of the silo, whose part is stepped here.
-        """
-        self.optimizer = self._new_optimizer(rank)
+    def begin_moments(self, moments: Mapping[str, torch.Tensor]) -> None:
+        """Begin with these moments, and no others: as `moments` told them, on any device."""
+        self.optimizer = self._new_optimizer()
         for name, tensor in moments.items():
             group, key = name.split(".")
             self.optimizer.moments.setdefault(group, {})[key] = tensor
@@ -91,7 +97,16 @@ class Learner:
         if not self.spec.share_body:
             self.body.copy_(parts["body"]["flat"] if "body" in parts else fresh_body(self.job))
 
-    def _new_optimizer(self, rank: int = 0) -> Optimizer:
+    def _new_optimizer(self) -> Optimizer:
         optimizer = make_optimizer(self.job, self.body, self.layout, self._body_grad, self.model.embedding)
-        divide(optimizer.groups, rank, self.hardware.parts)
+        if self.hardware.shard == "moments":
+            divide(optimizer.groups, self._rank, self.hardware.ranks)
         return optimizer
+
+
+def new_model(job: Job, vocabulary_size: int, device: str) -> LanguageModel:
+    """A silo's, of whatever values memory held."""
+    with torch.device("meta" if device == "meta" else "cpu"):
+        model = LanguageModel(Body(job.model), Embedding(vocabulary_size, job.model, job.positions))
+    model.body.recompute = job.inner.checkpoint_activations
+    return model.to(device)

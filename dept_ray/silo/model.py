@@ -149,7 +149,11 @@ class LanguageModel(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Logits (B, T, V) of ids (B, T)."""
-        return F.linear(self.body(self.embedding(ids)), self.embedding.tokens)
+        return F.linear(self.hidden(ids), self.embedding.tokens)
+
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        """What the head is given: (B, T, D) of ids (B, T)."""
+        return self.body(self.embedding(ids))
 
     def loss(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Sum of cross-entropies in nats, 0-dim fp32, of the targets (B, T) that are not `IGNORED`."""

@@ -13,7 +13,7 @@ from dept_ray.silo.model import LanguageModel
 from dept_ray.silo.optimizer import Group
 
 BODY = ("matrices", "vectors")
-"""The optimizer's groups that the body is made of; the others are the embedding."""
+"""Kinds of the optimizer's groups that the body is made of; the others are the embedding."""
 
 
 class Norms:
@@ -62,8 +62,8 @@ class Norms:
 @torch.no_grad()
 def parameter_norms(groups: Sequence[Group]) -> tuple[torch.Tensor, torch.Tensor]:
     """L2 norms of all parameters of the body, and of all of the embedding with its positions: 0-dim fp32 each."""
-    norms = {group.name: torch.linalg.vector_norm(group.tensor.detach().float()) for group in groups}
-    parts = [torch.stack([n for name, n in norms.items() if (name in BODY) == body]) for body in (True, False)]
+    norms = [(group.kind in BODY, group.norm()) for group in groups]
+    parts = [torch.stack([norm for in_body, norm in norms if in_body == body]) for body in (True, False)]
     return torch.linalg.vector_norm(parts[0]), torch.linalg.vector_norm(parts[1])
 
 
@@ -82,7 +82,7 @@ def block_norms(model: LanguageModel, ids: torch.Tensor) -> torch.Tensor:
 
     hooks = [block.register_forward_hook(keep) for block in model.body.blocks]
     try:
-        model.body(model.embedding(ids))
+        model.hidden(ids)
     finally:
         for hook in hooks:
             hook.remove()

@@ -12,6 +12,9 @@ from typing import Protocol
 import torch
 from torch.optim.adamw import adamw
 
+_ROW = 4096
+"""Squares that are summed at once."""
+
 
 @dataclass
 class Group:
@@ -23,6 +26,18 @@ class Group:
     lr: float = 0.0
     part: slice | None = None
     """The elements that are stepped here, where other ranks step the others (`parts`); None: all."""
+    summed: bool = False
+    """Whether the backward pass has summed its gradient over the ranks (`sharded`)."""
+
+    @property
+    def kind(self) -> str:
+        """matrices, vectors, tokens or positions."""
+        return self.name
+
+    @property
+    def divided(self) -> bool:
+        """Whether other ranks step the rest of it."""
+        return self.part is not None
 
     @property
     def stepped(self) -> torch.Tensor:
@@ -33,6 +48,22 @@ class Group:
         if self.tensor.grad is not None:
             part.grad = self.tensor.grad.view(-1)[self.part]
         return part
+
+    def norm(self) -> torch.Tensor:
+        """L2, of the whole: 0-dim fp32."""
+        return l2_norm(self.tensor.detach())
+
+
+def l2_norm(tensor: torch.Tensor) -> torch.Tensor:
+    """Of all its values, 0-dim fp32: by rows, for on a CPU one sum of many squares in fp32 is too small.
+
+    Of 80 million normal values it would be 0.8 % too small, and a gradient that much too large after it was clipped.
+    """
+    flat = tensor.reshape(-1)
+    even = len(flat) // _ROW * _ROW
+    rows = torch.linalg.vector_norm(flat[:even].view(-1, _ROW), dim=1, dtype=torch.float32)
+    rest = torch.linalg.vector_norm(flat[even:], dtype=torch.float32)
+    return torch.linalg.vector_norm(torch.cat((rows, rest.view(1))))
 
 
 class Optimizer(Protocol):

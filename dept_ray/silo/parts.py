@@ -11,18 +11,16 @@ what ZeRO calls stage 1 (Rajbhandari et al., arXiv 1910.02054). One step, of a t
 AdamW goes element by element, so that a part is stepped as it would be within the whole. Parts are never in a file:
 rank 0 gathers the moments, into the host's memory, when they are to be kept, and spreads them again with an order.
 
-Weights and gradients are not cut. torch's FSDP (`fully_shard`) would cut them too, down to 16 N / n bytes and a block
-or two in full. But it takes every parameter out of the one flat vector that is stepped, sent and saved, into a tensor
-of its own that is cut along its first axis; it leaves rank 0 no model to score and answer with alone, as it does
-between rounds; and it needs torch's default process group, of which a process has one, where each silo has a team.
+Weights and gradients are not cut, so that nothing travels but what is stepped; where they have no room either, they are
+(`sharded`).
 """
 
 from collections.abc import Sequence
 
 import torch
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
-from dept_ray.silo.optimizer import Group, Optimizer
+from dept_ray.silo.optimizer import Group, Optimizer, l2_norm
 from dept_ray.silo.team import Team
 
 
@@ -45,7 +43,7 @@ def sum_gradients(team: Team, groups: Sequence[Group]) -> None:
     """Make the gradient of what is stepped here the sum over all ranks; what is stepped elsewhere has none any more."""
     for group in groups:
         gradient = group.tensor.grad
-        if gradient is None:
+        if gradient is None or group.summed:
             continue
         if group.part is None:
             team.sum([gradient])
@@ -57,8 +55,8 @@ def sum_gradients(team: Team, groups: Sequence[Group]) -> None:
 def clip_gradients(team: Team, groups: Sequence[Group], limit: float) -> None:
     """Scale the gradients of what is stepped down to a norm of `limit` at most: that of all of them, on all ranks."""
     stepped = [group.stepped for group in groups]
-    norm = get_total_norm([tensor.grad for tensor in stepped if tensor.grad is not None])
-    if any(group.part is not None for group in groups):
+    norm = l2_norm(torch.stack([l2_norm(tensor.grad) for tensor in stepped if tensor.grad is not None]))
+    if any(group.divided for group in groups):
         squares = norm.square().view(1)
         team.sum([squares])
         norm = squares.sqrt()[0]
@@ -86,11 +84,11 @@ def spread(team: Team, optimizer: Optimizer, device: str) -> None:
         moments = optimizer.moments.get(group.name, {})
         for key, whole in moments.items():
             if group.part is None or whole.dim() == 0:
-                moments[key] = _there(whole, device)
+                moments[key] = there(whole, device)
                 team.copy_from(0, [moments[key]])
                 continue
             for rank, part in _parts(team, whole):
-                copy = _there(part, device, copy=True)  # never a view, which would keep the whole
+                copy = there(part, device, copy=True)  # never a view, which would keep the whole
                 team.copy_from(0, [copy])
                 if rank == team.rank:
                     moments[key] = copy
@@ -118,6 +116,6 @@ def _parts(team: Team, tensor: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
     return [(rank, flat[part_of(len(flat), rank, team.size)]) for rank in range(team.size)]
 
 
-def _there(tensor: torch.Tensor, device: str, copy: bool = False) -> torch.Tensor:
+def there(tensor: torch.Tensor, device: str, copy: bool = False) -> torch.Tensor:
     """A tensor on a device; one without values gets whatever is there."""
     return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device, copy=copy)

@@ -20,21 +20,19 @@ import torch
 from dept_ray.config import Job
 from dept_ray.messages import RoundOrder, Score, SiloCard, SiloSpec, SiloStatus, SiloUpdate
 from dept_ray.silo.ahead import Ahead, expected_order, rebased
-from dept_ray.silo.compiling import compile_now, compiled_loss
 from dept_ray.silo.crew import Ranks, Start, start_processes
 from dept_ray.silo.donors import first_tables
 from dept_ray.silo.flops import flops_per_token
 from dept_ray.silo.fresh import fresh_shared
-from dept_ray.silo.hardware import choose_hardware, choose_parts
+from dept_ray.silo.hardware import Hardware, choose_hardware, choose_shard
 from dept_ray.silo.inner import NOTHING, Schedule, Trained, train_steps
 from dept_ray.silo.learner import Learner
-from dept_ray.silo.micro_batch import find_micro_batch
 from dept_ray.silo.model import num_parameters
-from dept_ray.silo.parts import gather_moments, spread
 from dept_ray.silo.reading import open_stream
 from dept_ray.silo.score import score_corpus, score_text
 from dept_ray.silo.snapshot import load_snapshot, prune_snapshots, save_snapshot, silo_folder, snapshot_name
 from dept_ray.silo.team import ALONE, Team
+from dept_ray.silo.trainee import Trainees
 from dept_ray.silo.wire import Shared, Wire, norm_of
 from dept_ray.text.prepare import corpus_folder, tokenizer_kind
 from dept_ray.text.shards import Corpus, open_corpus
@@ -73,6 +71,7 @@ class Silo:
         read: how blocks become tokens, ahead of time; None reads the shards in this process.
         clock: seconds, for what is reported.
         start: how its other ranks are started, where it has some.
+        rank: 0, which obeys orders; another one follows.
 
     Raises:
         ShardError: its shards are missing or altered.
@@ -81,35 +80,36 @@ class Silo:
 
     def __init__(
         self, job: Job, spec: SiloSpec, read: Read | None = None, clock: Callable[[], float] = time.perf_counter,
-        start: Start = start_processes,
+        start: Start = start_processes, rank: int = 0,
     ) -> None:  # fmt: skip
         self.job, self.spec, self._clock = job, spec, clock
-        self.hardware = choose_hardware(job, spec.threads, spec.gpu, spec.compile, spec.ranks)
+        hardware = choose_hardware(job, spec.threads, spec.gpu, spec.compile, spec.ranks)
         self.corpora = open_corpora(job, spec)
         self.vocabulary = vocabulary_of(spec, self.corpora)
-        parameters = num_parameters(job.model, job.positions, self.vocabulary.size).total
-        self.hardware = choose_parts(self.hardware, job, spec.shard, parameters)
+        sizes = num_parameters(job.model, job.positions, self.vocabulary.size)
         self.stream = open_stream(job, spec, self.corpora, read)
-        self._learner = learner = Learner(job, spec, self.hardware, self.vocabulary.size)
+        hardware = choose_shard(hardware, job, spec.shard, sizes)
+        self._learner = learner = Learner(job, spec, hardware, self.vocabulary.size, rank)
         self.model, self.body = learner.model, learner.body
-        self._loss_of = compiled_loss(self.model) if self.hardware.compile else self.model.loss
-        self._to_compile = self.hardware.compile
-        if spec.gpu and job.inner.micro_batch is None:
-            found = find_micro_batch(self.model, learner.optimizer.tensors, job, self.hardware, spec.gpu_part)
-            self.hardware = replace(self.hardware, micro_batch=found)
+        self._trainees = Trainees(learner)
         self._after: str | None = NOWHERE
         self._left: Shared = {}
         """What is shared as it was at the end of the last round, where steps are made ahead of their order."""
         self._expected: RoundOrder | None = None
         self._ahead: Ahead | None = None
         self._stop_at, self._stopping = NEVER, threading.Lock()
-        self._ranks = Ranks(job, replace(spec, shard=self.hardware.shard), start)
+        self._ranks = Ranks(job, replace(spec, shard=hardware.shard), start)
         # What a run begins from is not on every silo's machine: it comes with the first order.
         draws = job.wire.codec != "fp32" and job.init.origin is None
         self._wire = Wire(spec.silo, fresh_shared(job, spec, self.card()) if draws else {})
         self._status = SiloStatus(spec.silo)
 
     # ------------------------------------------------------------------------------------ what others may ask
+    @property
+    def hardware(self) -> Hardware:
+        """What it runs on."""
+        return self._learner.hardware
+
     def card(self) -> SiloCard:
         """Who this is; no row ids and no tokens unless rows are shared."""
         share = self.spec.share_rows
@@ -213,11 +213,12 @@ class Silo:
     def score(self) -> dict[str, Score]:
         """Validation of every source that has some, with the parameters as they are."""
         context, rows = self.job.inner.context, self._rows_scored
-        return {
-            name: score_corpus(self.model, corpus, self.vocabulary, context, rows, self.hardware)
-            for name, corpus in self.corpora.items()
-            if corpus.validation.tokens
-        }
+        with self._learner.on_device() as model:
+            return {
+                name: score_corpus(model, corpus, self.vocabulary, context, rows, self.hardware)
+                for name, corpus in self.corpora.items()
+                if corpus.validation.tokens
+            }
 
     def follow(self, order: RoundOrder, moments: Mapping[str, Sequence[int]], team: Team) -> None:
         """Train along with the rank 0 that obeys an order, beginning with all that it has.
@@ -232,7 +233,7 @@ class Silo:
         """
         torch.set_num_threads(self.spec.threads)
         shapes = {name: torch.empty(tuple(shape), device="meta") for name, shape in moments.items()}
-        self._learner.begin_moments(shapes, team.rank)
+        self._learner.begin_moments(shapes)
         self._steps(order, team, self._batches(order))
 
     def close(self) -> None:
@@ -247,7 +248,8 @@ class Silo:
             VocabularyError: it holds a token that a trimmed vocabulary has not.
         """
         context, rows = self.job.inner.context, self._rows_scored
-        return score_text(self.model, text, self.corpora[source], self.vocabulary, context, rows, self.hardware)
+        with self._learner.on_device() as model:
+            return score_text(model, text, self.corpora[source], self.vocabulary, context, rows, self.hardware)
 
     @property
     def _rows_scored(self) -> int:
@@ -283,42 +285,40 @@ class Silo:
 
     def _steps(self, order: RoundOrder, team: Team, batches: Iterable[np.ndarray], made: Trained = NOTHING) -> Trained:
         """Steps of an order on some of its batches, as one of its ranks."""
-        if self._to_compile:
-            doing = self._status.doing
-            self._say("compiling", order)
-            batch = self.hardware.micro_batch, self.job.inner.context
-            compile_now(self._loss_of, self._learner.optimizer.tensors, batch, self.hardware.autocast)
-            self._to_compile = False
-            self._say(doing, order)
-        spread(team, self._learner.optimizer, self.hardware.device)
-        trained = train_steps(
-            self.model,
-            self._loss_of,
-            self._learner.optimizer,
-            batches,
-            job=self.job,
-            hardware=self.hardware,
-            schedule=Schedule(
-                first_step=order.first_step,
-                steps=order.steps,
-                total_steps=order.total_steps,
-                peak=order.lr,
-                warmup=self.job.inner.warmup_steps,
-                floor=self.job.inner.lr_floor,
-                embedding_period=order.steps if self.spec.reset_embedding else None,
-                frozen_steps=order.frozen_steps,
-            ),
-            should_stop=lambda: team.any(self._stop_at >= order.fence),
-            watch=lambda step, loss, rate: self._say(
-                self._status.doing, order, step=step, loss=loss, tokens_per_s=rate
-            ),
-            team=team,
-            made=made,
-        )
-        team.check_equal(self._learner.optimizer.tensors)
-        if self._learner.keeps_moments:
-            gather_moments(team, self._learner.optimizer)
-        return trained
+        with team.listening():
+            trainee = self._trainees.of(team)
+            if trainee.to_compile:
+                doing = self._status.doing
+                self._say("compiling", order)
+                trainee.compile()
+                self._say(doing, order)
+            trainee.spread(team)
+            trained = train_steps(
+                trainee.model,
+                trainee.loss_of,
+                trainee.optimizer,
+                batches,
+                job=self.job,
+                hardware=self.hardware,
+                schedule=Schedule(
+                    first_step=order.first_step,
+                    steps=order.steps,
+                    total_steps=order.total_steps,
+                    peak=order.lr,
+                    warmup=self.job.inner.warmup_steps,
+                    floor=self.job.inner.lr_floor,
+                    embedding_period=order.steps if self.spec.reset_embedding else None,
+                    frozen_steps=order.frozen_steps,
+                ),
+                should_stop=lambda: team.any(self._stop_at >= order.fence),
+                watch=lambda step, loss, rate: self._say(
+                    self._status.doing, order, step=step, loss=loss, tokens_per_s=rate
+                ),
+                team=team,
+                made=made,
+            )
+            trainee.gather(team)
+            return trained
 
     def _restore(self, order: RoundOrder) -> None:
         """Make memory equal to the snapshot that an order names (None: to a fresh silo), unless it is already."""

@@ -3,7 +3,8 @@
 Every rank has all parameters and takes its own rows of every batch. Then either each makes the same optimizer step on
 the same summed gradient, and no parameter travels during a round; or, where that is too much for a GPU, each steps a
 part of its own and all copy each other's parts (`parts`). Either way all are equal to the bit after every step
-(`check_equal` proves it at a round's end), and as many bytes travel: a sum is a sum of parts and a copy of parts.
+(`check_equal` proves it at a round's end), and as many bytes travel: a sum is a sum of parts and a copy of parts. Or
+no rank has all parameters (`sharded`), and torch moves them itself.
 
 Gradients are summed once a step, after the last micro-batch, and not while the backward pass runs. For N parameters, a
 step of 256 x 2048 tokens is 6 N x 524,288 operations: 0.98 ns a parameter on eight GPUs at 400 TFLOP/s each. A ring
@@ -15,7 +16,8 @@ ranks meet on the loopback interface.
 """
 
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -25,6 +27,8 @@ import torch
 from dept_ray.errors import SiloError
 
 _HERE = "127.0.0.1"
+_LOOPBACK = "loopback"
+"""Gloo that listens on this machine alone, by the name that torch has for it."""
 
 
 class Team:
@@ -35,10 +39,14 @@ class Team:
         size: how many they are.
         small: process group of CPU tensors.
         large: process group of the tensors that are trained.
+        store, wait: where they met, and what any of them waits for any other.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, small: Any = None, large: Any = None) -> None:
-        self.rank, self.size, self._small, self._large = rank, size, small, large
+    def __init__(
+        self, rank: int = 0, size: int = 1, small: Any = None, large: Any = None, store: Any = None, wait: Any = None
+    ) -> None:
+        self.rank, self.size, self._small, self._large, self._store, self._wait = rank, size, small, large, store, wait
+        self._is_default = False
 
     def rows(self, batch: np.ndarray) -> np.ndarray:
         """This rank's rows of a batch (B, ...): the block (B / size, ...) of its number."""
@@ -52,6 +60,14 @@ class Team:
         said = torch.tensor([int(here)])
         self._done(self._small.allreduce, [said])
         return bool(said.item())
+
+    def least(self, here: int) -> int:
+        """The smallest of what the ranks say; all must say something."""
+        if self.size == 1:
+            return here
+        said = torch.tensor([here])
+        self._done(self._small.allreduce, [said], _distributed().ReduceOp.MIN)
+        return int(said.item())
 
     def sum(self, tensors: Iterable[torch.Tensor]) -> None:
         """Replace each tensor by its sum over the ranks, the same bits on all of them."""
@@ -86,17 +102,60 @@ class Team:
         if ends[0] != -ends[1]:
             raise SiloError(f"the {self.size} ranks of a silo do not have the same parameters any more")
 
+    def mesh(self, device_type: str) -> Any:
+        """All ranks as a mesh of one dimension, for what torch does with those (`sharded`).
+
+        They become torch's default process group, of which a process has one, until this rank leaves.
+
+        Raises:
+            SiloError: this process has one.
+        """
+        dist = _distributed()
+        if dist.is_initialized():
+            raise SiloError(
+                'resources.shard = "all", and torch lets a process have one silo whose model is cut, of which this is '
+                "the second: train on Ray, where each silo has a process of its own"
+            )
+        if _LOOPBACK not in dist.Backend.backend_list:
+            dist.Backend.register_backend(_LOOPBACK, _gloo_here, devices=["cpu"])
+        backend = _LOOPBACK if device_type == "cpu" else f"cpu:{_LOOPBACK},cuda:nccl"
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("mesh", self._store),
+            rank=self.rank,
+            world_size=self.size,
+            timeout=self._wait,
+        )
+        self._is_default = True
+        return dist.device_mesh.init_device_mesh(device_type, (self.size,))
+
     def leave(self) -> None:
         """Wait for nobody any more: what another rank's end left unfinished on a GPU would block it for ever."""
         if self.size > 1:
             self._large.abort()
+        if self._is_default:
+            _distributed().distributed_c10d._abort_process_group()
+            self._is_default = False
 
     def _done(self, collective: Callable[..., Any], *args: Any) -> None:
         """Raises SiloError where another rank is gone, or silent for longer than the group waits."""
         try:
             collective(*args).wait()
         except RuntimeError as err:
-            raise SiloError(f"rank {self.rank} of {self.size} lost another: {_first_words(err)}") from None
+            raise self._lost(err) from None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """While torch itself lets ranks talk: what it raises where another is gone is a SiloError here too."""
+        try:
+            yield
+        except RuntimeError as err:
+            if self.size > 1 and (isinstance(err, _distributed().DistError) or "/gloo/" in str(err)):
+                raise self._lost(err) from None
+            raise
+
+    def _lost(self, err: Exception) -> SiloError:
+        return SiloError(f"rank {self.rank} of {self.size} lost another: {_first_words(err)}")
 
 
 ALONE = Team()
@@ -132,17 +191,23 @@ def join(store: Any, rank: int, size: int, gpu: bool, timeout_s: float) -> Team:
         SiloError: another is gone, or does not come.
     """
     dist, wait = _distributed(), timedelta(seconds=timeout_s)
-    options = dist.ProcessGroupGloo._Options()
-    options._devices, options._timeout = [dist.ProcessGroupGloo.create_device(hostname=_HERE)], wait
     try:
-        small = large = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, options)
+        small = large = _gloo_here(dist.PrefixStore("gloo", store), rank, size, wait)
         if gpu:
             settings = dist.ProcessGroupNCCL.Options()
             settings._timeout = wait
             large = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), rank, size, settings)
     except RuntimeError as err:
         raise SiloError(f"rank {rank} of {size} did not meet the others: {_first_words(err)}") from None
-    return Team(rank, size, small, large)
+    return Team(rank, size, small, large, store, wait)
+
+
+def _gloo_here(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
+    """A process group on the loopback interface."""
+    gloo = _distributed().ProcessGroupGloo
+    options = gloo._Options()
+    options._devices, options._timeout = [gloo.create_device(hostname=_HERE)], timeout
+    return gloo(store, rank, size, options)
 
 
 def _first_words(err: Exception) -> str:

@@ -35,9 +35,9 @@ class Memory:
     gradients: int
     """fp32."""
     moments: int
-    """Both of AdamW; of Muon's matrices one; fp32. Of a rank its part, where `resources.shard` is "always"."""
+    """Both of AdamW; of Muon's matrices one; fp32. Of a rank its part, where `resources.shard` cuts them."""
     casts: int
-    """The bf16 copy of the weights that autocast keeps; 0 in fp32."""
+    """The bf16 copy of the weights that autocast keeps; 0 in fp32. Where all is cut: of two blocks, as they compute."""
     activations: int
     """See `plan.activation_bytes`."""
     activations_otherwise: int
@@ -48,8 +48,8 @@ class Memory:
     """Tokens in such a chunk."""
     ranks: int = 1
     """That the silo has, each on a GPU of its own or in a process of its own."""
-    parts: int = 1
-    """That its moments are cut into."""
+    shard: str = "never"
+    """What is cut among them, as `resources.shard`; auto is counted as never: no GPU is at hand to be filled."""
 
     @property
     def total(self) -> int:

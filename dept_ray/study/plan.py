@@ -62,7 +62,7 @@ def plan(job: Job, vocabulary_sizes: Mapping[str, int] | None = None, tokens: Ma
                 message_bytes=_message_bytes(job, sent),
                 round_tokens=round_tokens,
                 total_tokens=total_tokens,
-                memory=_memory(_placed(job, name), parameters.total, size),
+                memory=_memory(_placed(job, name), parameters, size),
             )
         )
     return Plan(
@@ -198,25 +198,30 @@ def _placed(job: Job, silo: str) -> Job:
     return job if own is None else job.model_copy(update={"resources": own})
 
 
-def _memory(job: Job, parameters: int, vocabulary_size: int) -> Memory:
+def _memory(job: Job, values: Values, vocabulary_size: int) -> Memory:
     inner, resources = job.inner, job.resources
     share = inner.batch_size // resources.processes
     most = min(GPU_MICRO_BATCH, share) if resources.num_gpus else share
     largest = next(d for d in range(most, 0, -1) if share % d == 0)
     micro_batch = inner.micro_batch or largest
     rows = loss_rows(job, micro_batch * inner.context, vocabulary_size)
-    parts = resources.processes if resources.shard == "always" else 1
+    shard = resources.shard if resources.processes > 1 else "never"
+    kept = opened = values.total
+    if shard == "all":  # the embedding is whole during a pass, and two blocks: one that computes, one that comes
+        kept, opened = values.total // resources.processes, 2 * values.body // job.model.layers
+    embedding = values.total - values.body if shard == "all" else 0
+    moments = 2 * values.total - (_matrices(job) if inner.optimizer == "muon" else 0)
     return Memory(
-        weights=FP32_BYTES * parameters,
-        gradients=FP32_BYTES * parameters,
-        moments=FP32_BYTES * (2 * parameters - (_matrices(job) if inner.optimizer == "muon" else 0)) // parts,
-        casts=2 * parameters if _value_bytes(job) == 2 else 0,
+        weights=FP32_BYTES * (kept + embedding),
+        gradients=FP32_BYTES * (kept + embedding),
+        moments=FP32_BYTES * moments // (resources.processes if shard in ("moments", "all") else 1),
+        casts=_value_bytes(job) * opened if _value_bytes(job) == 2 or shard == "all" else 0,
         activations=activation_bytes(job, micro_batch, inner.checkpoint_activations),
         activations_otherwise=activation_bytes(job, micro_batch, not inner.checkpoint_activations),
         loss=loss_bytes(rows, vocabulary_size, job.model.width),
         loss_rows=rows,
         ranks=resources.processes,
-        parts=parts,
+        shard=shard,
     )
 
 

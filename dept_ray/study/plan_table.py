@@ -104,8 +104,8 @@ def _memory_table(costs: Plan) -> Table:
         f"the loss holds logits of {m.loss_rows:,} tokens at once",
     ]
     if m.ranks > 1:
-        moments = f"in {m.parts} parts" if m.parts > 1 else "whole (resources.shard)"
-        lines.append(f"on each of {m.ranks} ranks: moments {moments}")
+        cut = {"moments": f"moments in {m.ranks} parts", "all": f"weights, gradients and moments in {m.ranks} parts"}
+        lines.append(f"on each of {m.ranks} ranks: {cut.get(m.shard, 'moments whole (resources.shard)')}")
     table.caption = "\n".join(lines)
     return table
 

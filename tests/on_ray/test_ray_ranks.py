@@ -28,14 +28,15 @@ def mixed(tiny: Make, at: str, ranks: int, shard: str = "auto", **more: Any) -> 
     return job.model_copy(update={"sources": tuple(sources)})
 
 
-def test_a_run_with_a_silo_of_two_ranks_equals_one_of_single_ones(tiny: Make) -> None:
+@pytest.mark.parametrize(("shard", "cut"), [("moments", "moments"), ("all", "model")])
+def test_a_run_with_a_silo_of_two_ranks_equals_one_of_single_ones(tiny: Make, shard: str, cut: str) -> None:
     from dept_ray.on_ray.pool import RayPool
     from dept_ray.rounds.pool import LocalPool
 
     expected, expected_records = run_through(mixed(tiny, "here", 1), LocalPool())
     pool = RayPool()
-    state, records = run_through(mixed(tiny, "there", 2, shard="always"), pool)
-    assert pool.cards["code"].hardware.endswith("2 ranks, moments in 2 parts")
+    state, records = run_through(mixed(tiny, "there", 2, shard), pool)
+    assert pool.cards["code"].hardware.endswith(f"2 ranks, {cut} in 2 parts")
     assert [r["loss"] for r in records[:3]] == pytest.approx([r["loss"] for r in expected_records[:3]], rel=1e-5)
     assert {n: (s.position, s.tokens) for n, s in state.silos.items()} == {
         n: (s.position, s.tokens) for n, s in expected.silos.items()

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dept_ray.silo.optimizer import AdamW, Group, Muon, Optimizer
+from dept_ray.silo.optimizer import AdamW, Group, Muon, Optimizer, l2_norm
 
 SHAPES = [(12, 4), (4, 16), (5, 5)]
 SIZE = sum(map(math.prod, SHAPES))
@@ -102,3 +102,10 @@ def test_one_that_forgets_begins_like_a_fresh_one_in_the_same_memory(kind: str) 
         assert torch.equal(one.flat, other.flat)
         assert torch.equal(one.table, other.table)
     assert where == {(group, key): v.data_ptr() for group, kept in one.ours.moments.items() for key, v in kept.items()}
+
+
+@pytest.mark.parametrize("shape", [(1,), (4096,), (5000, 3), (3_000_001,)])
+def test_a_norm_is_that_of_double_precision(shape: tuple[int, ...]) -> None:
+    """A sum of three million squares in one go is 1e-4 too small on a CPU."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    assert l2_norm(values).item() == pytest.approx(values.double().norm().item(), rel=1e-6)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_ranks import OpenSilo, Threads, assert_close, ranked, rounds_of, together
+from test_ranks import OpenSilo, Threads, assert_close, assert_same_rounds, ranked, rounds_of, together
 from test_silo import assert_same, first_order, next_order
 
 from dept_ray.config import Job
@@ -16,8 +16,9 @@ from dept_ray.errors import ConfigError
 from dept_ray.rounds.pool import specs_of
 from dept_ray.silo import hardware as hardware_module
 from dept_ray.silo import parts as parts_module
-from dept_ray.silo import silo as silo_module
-from dept_ray.silo.hardware import Hardware, choose_parts
+from dept_ray.silo import trainee as trainee_module
+from dept_ray.silo.hardware import Hardware, choose_shard
+from dept_ray.silo.model import Sizes
 from dept_ray.silo.optimizer import AdamW, Group
 from dept_ray.silo.parts import (
     clip_gradients,
@@ -56,19 +57,13 @@ def moments_in(job: Job, snapshot: str) -> dict[str, torch.Tensor]:
     (2, "trim", {"clip": 0.05, "norms_every": 3}), (2, "act", {}), (2, "isolated", {}), (3, "spec", {"micro_batch": 1}),
 ])  # fmt: skip
 def test_ranks_with_a_part_of_the_moments_equal_one_with_all(tiny, open_silo, ranks, method, inner):
-    several, alone = ranked(tiny, ranks, method, "always", **inner), ranked(tiny, 1, method, **inner)
-    ours, theirs = open_silo(several), open_silo(alone)
-    for a, b in zip(rounds_of(ours, several), rounds_of(theirs, alone), strict=True):
-        assert_close(a, b)
-        for what in b.norms.keys() - {"activation"}:  # which is of rank 0's own rows
-            assert a.norms[what] == pytest.approx(b.norms[what], rel=1e-5)
-    for mine, other in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+    several, alone = ranked(tiny, ranks, method, "moments", **inner), ranked(tiny, 1, method, **inner)
+    assert_same_rounds(open_silo(several), open_silo(alone))
 
 
 def test_parts_resume_bit_for_bit(tiny, open_silo):
     """On another machine, whose followers know nothing: rank 0's snapshot is all there is."""
-    job = ranked(tiny, 3, shard="always")
+    job = ranked(tiny, 3, shard="moments")
     silo = open_silo(job)
     order = first_order(job, silo)
     second = next_order(order, silo.obey(order))
@@ -77,7 +72,7 @@ def test_parts_resume_bit_for_bit(tiny, open_silo):
 
 
 def test_files_do_not_tell_whether_there_were_parts_and_a_run_may_change(tiny, open_silo):
-    job, whole = ranked(tiny, 2, shard="always"), ranked(tiny, 2, shard="never")
+    job, whole = ranked(tiny, 2, shard="moments"), ranked(tiny, 2, shard="never")
     assert job.fingerprint == whole.fingerprint
     silo = open_silo(job)
     order = first_order(job, silo)
@@ -107,8 +102,8 @@ def test_each_rank_holds_its_part_of_the_moments_and_no_more(tiny, open_silo, mo
         }
         gather_moments(team, optimizer)
 
-    monkeypatch.setattr(silo_module, "gather_moments", look_and_gather)
-    job = ranked(tiny, 3, shard="always")
+    monkeypatch.setattr(trainee_module, "gather_moments", look_and_gather)
+    job = ranked(tiny, 3, shard="moments")
     silo = open_silo(job)
     rounds_of(silo, job)  # the second begins with the moments of the first
     sizes = {group.name: group.tensor.numel() for group in silo._learner.optimizer.groups}
@@ -181,29 +176,38 @@ def test_parts_cover_a_vector_once() -> None:
 
 
 def test_a_gpu_that_would_be_too_full_has_parts(tiny, monkeypatch):
-    job, gpu = tiny(inner={"optimizer": "adamw"}), Hardware("cuda", 1, True, False, 1, ranks=4)
+    job, gpu = tiny(inner={"optimizer": "adamw"}), Hardware("cuda", 1, True, True, 1, ranks=4)
+    size = lambda total: Sizes(body=total - 100, tokens=100, positions=0)  # noqa: E731
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 24_000))
-    assert choose_parts(gpu, job, "auto", 1000).parts == 1, "18 bytes a parameter are three quarters"
-    found = choose_parts(gpu, job, "auto", 1001)
-    assert (found.parts, found.state_bytes) == (4, 1001 * 10 + 1001 * 8 // 4)
-    assert str(found).endswith("4 ranks, moments in 4 parts, 1.2e-05 GB a rank")
-    assert choose_parts(gpu, job, "never", 1001).parts == 1
+    assert choose_shard(gpu, job, "auto", size(1000)).parts == 1, "18 bytes a parameter are three quarters"
+    found = choose_shard(gpu, job, "auto", size(1001))
+    assert (found.shard, found.parts, found.state_bytes) == ("moments", 4, 1001 * 10 + 1001 * 8 // 4)
+    assert str(found).endswith("compiled, 4 ranks, moments in 4 parts, 1.2e-05 GB a rank")
+    assert choose_shard(gpu, job, "auto", size(1500)).shard == "moments", "12 bytes"
+    found = choose_shard(gpu, job, "auto", size(1501))
+    assert (found.shard, found.parts, found.state_bytes) == ("all", 4, 1501 * 16 // 4 + 100 * 8)
+    assert str(found).endswith("1, 4 ranks, model in 4 parts, 6.8e-06 GB a rank")
+    assert (found.device, found.home) == ("cuda", "cpu")
+    assert choose_shard(gpu, job, "never", size(1001)).parts == 1
+    assert choose_shard(gpu, job, "all", size(1)).shard == "all"
     alone = dataclasses.replace(gpu, ranks=1)
-    assert choose_parts(alone, job, "always", 1001) == alone
-    assert choose_parts(gpu, tiny(inner={"optimizer": "muon"}), "auto", 1001).parts == 1
+    assert choose_shard(alone, job, "all", size(1001)) == alone
+    assert choose_shard(gpu, tiny(inner={"optimizer": "muon"}), "auto", size(1001)).parts == 1
 
 
 def test_on_a_cpu_who_wants_parts_must_say_so_and_the_card_tells(tiny, open_silo):
-    auto, always = (open_silo(ranked(tiny, 2, shard=shard)).card().hardware for shard in ("auto", "always"))
-    assert auto == "cpu, 1 thread, fp32, 2 ranks"
-    assert always == f"{auto}, moments in 2 parts"
+    cards = {shard: open_silo(ranked(tiny, 2, shard=shard)).card().hardware for shard in ("auto", "moments", "all")}
+    assert cards["auto"] == "cpu, 1 thread, fp32, 2 ranks"
+    assert cards["moments"] == f"{cards['auto']}, moments in 2 parts"
+    assert cards["all"] == f"{cards['auto']}, model in 2 parts"
 
 
 def test_what_cannot_be_is_refused_before_anything_starts(tiny):
-    with pytest.raises(ConfigError, match=r"shard.*'auto', 'never' or 'always'"):
+    with pytest.raises(ConfigError, match=r"shard.*'auto', 'never', 'moments' or 'all'"):
         tiny(resources={"shard": "sometimes"})
-    with pytest.raises(ConfigError, match=r'resources\.shard = "always": Muon steps whole matrices'):
-        tiny(resources={"shard": "always", "ranks": 2}, inner={"optimizer": "muon"})
+    for shard in ("moments", "all"):
+        with pytest.raises(ConfigError, match=rf'resources\.shard = "{shard}": Muon steps whole matrices'):
+            tiny(resources={"shard": shard, "ranks": 2}, inner={"optimizer": "muon"})
 
 
 def test_the_examples_in_docstrings_hold() -> None:

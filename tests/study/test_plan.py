@@ -274,13 +274,25 @@ def test_memory_by_hand():
 
 def test_a_rank_with_a_part_of_the_moments_holds_the_less():
     """Weights, gradients and activations are whole in each; the table says of whom it speaks."""
-    whole, parts = (plan(tiny(resources={"ranks": 2, "shard": shard})) for shard in ("never", "always"))
+    whole, parts = (plan(tiny(resources={"ranks": 2, "shard": shard})) for shard in ("never", "moments"))
     one, other = whole.silos[0].memory, parts.silos[0].memory
     assert (other.weights, other.gradients, other.moments) == (one.weights, one.gradients, one.moments // 2)
     assert one.total - other.total == one.moments // 2
     assert "on each of 2 ranks: moments in 2 parts" in printed(parts)
     assert "on each of 2 ranks: moments whole" in printed(whole)
     assert "ranks" not in printed(plan(tiny()))
+
+
+def test_a_rank_with_a_shard_of_the_model_holds_that_and_what_is_whole_during_a_pass():
+    job = tiny(resources={"ranks": 2, "shard": "all"}, model={"layers": 4})
+    silo = plan(job).silos[0]
+    total, body = silo.parameters.total, silo.parameters.body
+    assert silo.memory.weights == silo.memory.gradients == 4 * (total // 2 + total - body)
+    assert silo.memory.moments == 4 * 2 * total // 2
+    assert silo.memory.casts == 4 * (2 * body // 4), "two blocks of four, fp32"
+    assert "on each of 2 ranks: weights, gradients and moments in 2 parts" in printed(plan(job))
+    alone = plan(tiny(resources={"shard": "all"}, model={"layers": 4})).silos[0].memory
+    assert alone.weights == 4 * total, "one rank has nobody to share with"
 
 
 def test_checkpointing_pays_from_two_blocks_on():
