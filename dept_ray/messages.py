@@ -105,6 +105,12 @@ class RoundOrder:
     """Flat fp32 vector of the shared body, or how to come to it from the one held; None where bodies stay home."""
     rows: np.ndarray | Moves | None = None
     """fp32 (V_k + L, D): the shared token rows this silo owns, then the positions; None where embeddings stay home."""
+    whole: "Callable[[], RoundOrder] | None" = field(default=None, compare=False, repr=False)
+    """The same order for a silo that holds nothing any more, where this one says how to go on from what it held. Known
+    to who gives the order alone: it does not travel."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "whole": None}
 
     @property
     def fence(self) -> tuple[int, int]:
@@ -113,7 +119,14 @@ class RoundOrder:
 
     def without_arrays(self) -> "RoundOrder":
         """The order alone; arrays travel beside it."""
-        return replace(self, body=None, rows=None)
+        return replace(self, body=None, rows=None, whole=None)
+
+    @property
+    def from_nothing(self) -> "RoundOrder | None":
+        """The order that one who holds nothing can obey; None: it is not known here."""
+        if not any(isinstance(vector, Moves) for vector in (self.body, self.rows)):
+            return self
+        return self.whole() if self.whole is not None else None
 
 
 Delta = np.ndarray | Coded

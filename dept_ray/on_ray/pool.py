@@ -14,7 +14,6 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from dept_ray.codec import Moves
 from dept_ray.config import Job
 from dept_ray.errors import DeptError, SiloError
 from dept_ray.messages import Delta, Held, RoundOrder, SiloCard, SiloStatus, SiloUpdate
@@ -88,8 +87,8 @@ class RayPool:
     def run_round(
         self, orders: Mapping[str, RoundOrder], deadline: Deadline, meanwhile: Meanwhile = nothing
     ) -> dict[str, SiloUpdate | Exception]:
-        vectors = {id(v): v for order in orders.values() for v in (order.body, order.rows) if v is not None}
-        stored = {key: ray.put(vector) for key, vector in vectors.items()}  # once for all who get the same
+        stored = _Stored()
+        stored.put(*orders.values())
         round = _Round(orders, self.places, lambda order, again: self._ask(order, stored, again), self.job.faults)
         fence = fence_of(orders)
         with beside(meanwhile) as work:
@@ -117,9 +116,9 @@ class RayPool:
     def close(self) -> None:
         self.places.close()
 
-    def _ask(self, order: RoundOrder, stored: Mapping[int, Any], again: bool) -> list[Any]:
+    def _ask(self, order: RoundOrder, stored: "_Stored", again: bool) -> list[Any]:
         """Send an order; what will be its answer. Who is asked `again` has no steps ahead to end."""
-        body, rows = stored.get(id(order.body)), stored.get(id(order.rows))
+        body, rows = stored.put(order)
         if not again:
             self._end_ahead(order.silo, body, rows)
         silo = self.places.actors[order.silo]
@@ -136,6 +135,21 @@ class RayPool:
         """
         if (order := self._obeyed.pop(name, None)) is not None and name in self.places.actors:
             self.places.actors[name].stop.remote(order.round, order.attempt, *until)
+
+
+class _Stored:
+    """The arrays of a round's orders, each put where silos read it once for all who get the same."""
+
+    def __init__(self) -> None:
+        self._refs: dict[int, tuple[Any, Any]] = {}
+        """By id: the array, which lives as long as its id is known, and where it is."""
+
+    def put(self, *orders: RoundOrder) -> list[Any]:
+        """Body and rows of each, as they are passed to a silo."""
+        for vector in (vector for order in orders for vector in (order.body, order.rows) if vector is not None):
+            if id(vector) not in self._refs:
+                self._refs[id(vector)] = vector, ray.put(vector)
+        return [self._refs.get(id(vector), (None, None))[1] for order in orders for vector in (order.body, order.rows)]
 
 
 class _Round:
@@ -165,7 +179,7 @@ class _Round:
         """Who died, and why: once each."""
         self._returning: set[str] = set()
         """Those of them who are being made anew."""
-        self.calls = {name: self._call(name) for name in orders}
+        self.calls = {name: self._call(order) for name, order in orders.items()}
         """Who has not answered yet."""
 
     def collect(self) -> bool:
@@ -195,9 +209,9 @@ class _Round:
             self._end_with_the_others()
         return self._taken_up or now - self._began > TAKING_UP_S
 
-    def _call(self, name: str, again: bool = False) -> _Call:
-        self.asked_at[name] = time.monotonic()
-        refs = self._ask(self._orders[name], again)
+    def _call(self, order: RoundOrder, again: bool = False) -> _Call:
+        self.asked_at[order.silo] = time.monotonic()
+        refs = self._ask(order, again)
         return _Call(refs, list(refs))
 
     def _answer(self, name: str, refs: list[Any]) -> SiloUpdate | Exception:
@@ -210,8 +224,7 @@ class _Round:
             if not isinstance(err, RayTaskError):
                 self._places.revive([name])
                 if name not in self._lost and not self._places.is_open(name):
-                    if _whole(self._orders[name]):
-                        self._returning.add(name)
+                    self._returning.add(name)
                     self._lost[name] = f"{type(reason).__name__}: {reason}"
             return reason
         for held in (body, rows):
@@ -225,7 +238,8 @@ class _Round:
             self._places.settle(0)
         for name in [name for name in self._returning if self._places.is_open(name)]:
             self._returning.remove(name)
-            self.calls[name] = self._call(name, again=True)
+            if (order := self._orders[name].from_nothing) is not None:  # else its answer is how it died
+                self.calls[name] = self._call(order, again=True)
 
     def _end_with_the_others(self) -> None:
         """All others are done: who was asked again hands in what it has, or, if it has not begun, is not waited for."""
@@ -265,11 +279,6 @@ class _Round:
         self._places.place_anew(name)
         grace_s = self._faults.grace_s
         return SiloError(f"late: no answer in {now - self._began:.0f} s, {grace_s:.0f} s of grace included")
-
-
-def _whole(order: RoundOrder) -> bool:
-    """Whether one who holds nothing can obey it: not where a codec's steps go on from what is held."""
-    return not any(isinstance(vector, Moves) for vector in (order.body, order.rows))
 
 
 def _arrived(call: _Call) -> bool:

@@ -63,8 +63,9 @@ class Attempt:
         """Counts what was sent, whether it counted or not."""
         updates = {name: answer for name, answer in answers.items() if isinstance(answer, SiloUpdate)}
         up = {name: payload_bytes(update) for name, update in updates.items()}
-        twice = {name for name, update in updates.items() if update.lost}
-        down = {name: payload_bytes(order) * (2 if name in twice else 1) for name, order in orders.items()}
+        down = {name: payload_bytes(order) for name, order in orders.items()}
+        for name in [name for name, update in updates.items() if update.lost]:  # who was asked twice
+            down[name] += payload_bytes(orders[name].from_nothing or orders[name])
         return cls(next(iter(orders.values())).attempt, verdict, down, up)
 
     @property

@@ -307,7 +307,11 @@ class MailboxPool:
             return None
         known = self._regions[region]
         try:
-            message = {"agent": known.beat["agent"], "number": self._number, "orders": dict(orders)}
+            message = {
+                "agent": known.beat["agent"],
+                "number": self._number,
+                "orders": {name: replace(order, whole=None) for name, order in orders.items()},
+            }
             self._open_box.write(f"{region}/{self._letter('order')}", message)
         except StoreError as err:
             return err

@@ -162,6 +162,10 @@ def orders_for(
     # One object for all who get the same: it is made, and put where silos read it, once.
     bodies = {round: shared_body(state, round) for round in set(held.values())}
     rows = shared_rows(state, {name: cards[name] for name in silos}, held)
+
+    def whole(name: str) -> RoundOrder:
+        return orders_for(job, state, [name], cards, attempt=attempt, steps=steps, life=life, kept=kept)[name]
+
     every = job.rounds.score_every
     due = steps == 0 or (every > 0 and state.round % every == 0)
     frozen, ahead = _frozen_steps(job, state, steps), _ahead_steps(job, state, steps)
@@ -174,7 +178,7 @@ def orders_for(
             frozen_steps=frozen[name], ahead=ahead[name],
             donors=donors_of(job, state, name), donors_way=job.faults.newcomer_rows,
             fingerprint=fingerprint, codec=job.wire.codec, body=bodies[held[name]],
-            rows=rows[name],
+            rows=rows[name], whole=partial(whole, name),
         )
         for name in silos
     }  # fmt: skip

@@ -15,7 +15,6 @@ import pytest
 import torch
 from nodes import until
 
-from dept_ray.codec import Moves
 from dept_ray.config import Job
 from dept_ray.messages import RoundOrder, SiloStatus, SiloUpdate
 from dept_ray.method_names import METHOD_NAMES
@@ -227,9 +226,15 @@ class LosesCode:
         return self.records[:2]
 
 
-def test_a_silo_that_is_killed_takes_its_order_again_while_others_train(tiny: Make) -> None:
-    """It hands in what it has when they are done; to the bit as if it had been asked no sooner."""
-    long: dict[str, Any] = {"inner": {"local_steps": 40_000}, "rounds": {"total": 2, "score_every": 0}}
+@pytest.mark.parametrize("codec", ["fp32", "int4"])
+def test_a_silo_that_is_killed_takes_its_order_again_while_others_train(tiny: Make, codec: str) -> None:
+    """It hands in what it has when they are done; to the bit as if it had been asked no sooner.
+
+    Under a codec, too, where the order told it how to go on from what it held: the second time it gets the whole.
+    """
+    long: dict[str, Any] = {
+        "inner": {"local_steps": 40_000}, "rounds": {"total": 2, "score_every": 0}, "wire": {"codec": codec}
+    }  # fmt: skip
     run = LosesCode(job := tiny("glob", at="there", **long))
     until(lambda: (code := run.statuses()["code"]).pid not in (0, run.pid) and code.step > 0)
     run.others_hand_in()
@@ -239,7 +244,10 @@ def test_a_silo_that_is_killed_takes_its_order_again_while_others_train(tiny: Ma
     assert "ActorDied" in code["lost"]
     assert 0 < code["steps"] < 40_000
     assert code["tokens"] == code["steps"] * 4 * 32
-    assert code["down_bytes"] == 2 * first["silos"]["latin"]["down_bytes"]
+    state, _ = load_round(run_folder(job), 2)
+    whole = sum(4 * state.tensors[name].numel() for name in ("body", "rows"))
+    others = first["silos"]["latin"]["down_bytes"]
+    assert (others, code["down_bytes"]) == ((0, whole) if codec == "int4" else (whole, 2 * whole))
     assert all("lost" not in silo for silo in (first["silos"]["latin"], *second["silos"].values()))
 
     class HandsIn(Silo):
@@ -247,7 +255,6 @@ def test_a_silo_that_is_killed_takes_its_order_again_while_others_train(tiny: Ma
             return islice(super()._batches(order, made), (first, second)[order.round]["silos"][order.silo]["steps"])
 
     expected, _ = run_through(tiny("glob", at="here", **long), LocalPool(make=HandsIn))
-    state, _ = load_round(run_folder(job), 2)
     assert all(torch.equal(state.tensors[name], tensor) for name, tensor in expected.tensors.items())
     assert {n: s.position for n, s in state.silos.items()} == {n: s.position for n, s in expected.silos.items()}
 
@@ -263,16 +270,6 @@ def test_a_silo_that_is_killed_too_late_is_left_out_once_and_made_anew(tiny: Mak
     assert set(second["silos"]) == {"code", "latin", "numbers"}
 
 
-def test_who_holds_nothing_any_more_is_not_asked_again_to_go_on_from_what_it_held() -> None:
-    """Under a codec: the round does without it, and tells how it died."""
-    from dept_ray.on_ray.pool import _whole
-
-    order = SimpleNamespace(body=Moves((4,), 3, ()), rows=None)
-    assert not _whole(order)
-    assert _whole(SimpleNamespace(body=np.zeros(4, np.float32), rows=None))
-    assert _whole(SimpleNamespace(body=None, rows=None))
-
-
 def test_who_was_asked_again_is_waited_for_if_it_has_begun() -> None:
     """Who has answered since, and goes ahead or waits, has begun; nobody is judged twice."""
     from dept_ray.on_ray.pool import _Round
@@ -282,7 +279,7 @@ def test_who_was_asked_again_is_waited_for_if_it_has_begun() -> None:
         "training": (4, "training"), "saving": (4, "saving"), "answered": (4, "waiting"), "ahead": (5, "going ahead"),
     }  # fmt: skip
     stopped = list[str]()
-    names, orders = sorted(doing), {name: SimpleNamespace(round=4, attempt=0) for name in doing}
+    names, orders = sorted(doing), {name: SimpleNamespace(silo=name, round=4, attempt=0) for name in doing}
     silo = lambda name: SimpleNamespace(stop=SimpleNamespace(remote=lambda *_: stopped.append(name)))  # noqa: E731
     places = SimpleNamespace(
         actors={name: silo(name) for name in doing},

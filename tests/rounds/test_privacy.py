@@ -45,7 +45,9 @@ class Tapped(LocalPool):
         self, orders: Mapping[str, RoundOrder], deadline: Deadline, meanwhile: Meanwhile = nothing
     ) -> dict[str, SiloUpdate | Exception]:
         answers = super().run_round(orders, deadline, meanwhile)
-        self.messages += [*orders.values(), *answers.values(), *self.statuses().values(), *self.cards.values()]
+        told = [each for order in orders.values() for each in (order, order.from_nothing)]
+        self.messages += [dataclasses.replace(each, whole=None) for each in told if each]  # as it travels
+        self.messages += [*answers.values(), *self.statuses().values(), *self.cards.values()]
         for name, silo in self.silos.items():
             self.rows.setdefault(name, []).append(silo._learner.vectors.read("rows"))
         return answers
@@ -278,7 +280,8 @@ def test_what_is_coded_is_the_body_and_nothing_else(prepared, tmp_path):
     assert {body.shape for body in bodies} == {tuple(state.body.shape)}
     forms = {(array.dtype.str, array.size) for body in bodies for array in arrays_in(body) if array.dtype != int}
     blocks = -(-state.body.numel() // 64)
-    assert forms == {("|u1", 32 * blocks), ("<u2", blocks)}
+    whole = "<f4", state.body.numel()  # for who holds nothing any more
+    assert forms == {("|u1", 32 * blocks), ("<u2", blocks), whole}
     assert sorted(path.name for path in store.folder.rglob("000002/*.safetensors")) == [
         "body.safetensors", "body_residual.safetensors",
     ]  # fmt: skip

@@ -1,6 +1,7 @@
 """A run whose deltas and steps are rounded: every body is the same, nothing is lost, little is sent."""
 
 import itertools
+import pickle
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -202,3 +203,14 @@ def test_silos_that_die_lie_and_come_late_change_no_bit_of_what_is_owed(prepared
     change = {"rounds": {"total": 4}, "wire": {"codec": codec}, "faults": {"quorum": 0.3}}
     ordeal = endure(smallest(prepared, tmp_path / "a", "trim", **change), faults, monkeypatch)
     compare(ordeal, relive(ordeal, smallest(prepared, tmp_path / "b", "trim", **change), monkeypatch))
+
+
+def test_an_order_for_one_who_holds_nothing_any_more_is_whole() -> None:
+    """Where it is not known, as in a region that has the order from a letter, there is none."""
+    whole = RoundOrder("tiny", "a", 3, 0, None, {}, 0, 1, False, body=np.zeros(4, np.float32))
+    assert whole.from_nothing is whole
+    moves = replace(whole, body=Moves((4,), 3, ()), whole=lambda: whole)
+    assert moves.from_nothing is whole
+    assert moves.without_arrays().whole is None
+    assert pickle.loads(pickle.dumps(moves)).whole is None
+    assert replace(moves, whole=None).from_nothing is None
