@@ -105,9 +105,9 @@ class RoundOrder:
     """Flat fp32 vector of the shared body, or how to come to it from the one held; None where bodies stay home."""
     rows: np.ndarray | Moves | None = None
     """fp32 (V_k + L, D): the shared token rows this silo owns, then the positions; None where embeddings stay home."""
-    whole: "Callable[[], RoundOrder] | None" = field(default=None, compare=False, repr=False)
-    """The same order for a silo that holds nothing any more, where this one says how to go on from what it held. Known
-    to who gives the order alone: it does not travel."""
+    whole: "Callable[[RoundOrder], RoundOrder] | None" = field(default=None, compare=False, repr=False)
+    """Makes of this order, which may say how to go on from what a silo held, one for who holds nothing any more.
+    Known to who gives the order alone: it does not travel."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "whole": None}
@@ -126,7 +126,7 @@ class RoundOrder:
         """The order that one who holds nothing can obey; None: it is not known here."""
         if not any(isinstance(vector, Moves) for vector in (self.body, self.rows)):
             return self
-        return self.whole() if self.whole is not None else None
+        return self.whole(self) if self.whole is not None else None
 
 
 Delta = np.ndarray | Coded

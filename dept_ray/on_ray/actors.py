@@ -8,6 +8,7 @@ imported where they live.
 
 import asyncio
 import os
+import sys
 import threading
 import traceback
 from collections.abc import Iterator
@@ -41,6 +42,10 @@ PREDECESSOR_S = 60.0
 live for a while, and holds the run's folder as long."""
 
 
+_LAST = 19
+"""The lowest priority of a thread."""
+
+
 class SiloActor:
     """One silo in a process of its own. It opens when asked for its card, so that what is wrong comes back whole."""
 
@@ -56,8 +61,19 @@ class SiloActor:
 
     def card(self) -> SiloCard:
         with self._discreet():
-            self.silo = self.make(self.job, self.spec, read=lambda source, blocks: self._reader(source, blocks))
+            self.silo = self.make(
+                self.job, self.spec, read=lambda source, blocks: self._reader(source, blocks), trains=self._step_back
+            )
             return self.silo.card()
+
+    def _step_back(self) -> None:
+        """Let go first whoever starts, reads or makes the outer step: steps take all the rest anyway.
+
+        A silo that is made anew imports and compiles for 4 s, of a core that it would share with all who train. On
+        Linux each thread has a priority of its own; Ray gives its workers 15, and nobody can take one back.
+        """
+        if not self.spec.gpu and self.spec.ranks == 1 and sys.platform == "linux":
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LAST)
 
     @cached_property
     def _reader(self) -> "RayReader":

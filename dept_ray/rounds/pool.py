@@ -212,19 +212,14 @@ class LocalPool:
         return {name: silo.card() for name, silo in self.silos.items()}
 
     def open(self, job: Job, first: Job) -> None:
-        cut = [name for name, spec in specs_of(job, first).items() if spec.shard == "all" and spec.ranks > 1]
-        if len(cut) > 1:
-            raise ConfigError(
-                f'resources.shard = "all" for {", ".join(cut)}: torch lets a process have one silo whose model is cut; '
-                "train on Ray (without --local), where each has a process of its own"
-            )
         self.first = first
-        self.silos = {name: self.make(job, spec) for name, spec in specs_of(job, first).items()}
+        for name, spec in specs_of(job, first).items():
+            self._make(job, name, spec)
 
     def add(self, job: Job, silo: str) -> None:
         if silo not in self.silos:
             prepare(without_other_newcomers(job, silo), tokenizer_kind(method_of(job).vocabulary))
-            self.silos[silo] = self.make(job, specs_of(job, self.first)[silo])
+            self._make(job, silo, specs_of(job, self.first)[silo])
 
     def ready(self) -> set[str]:
         return set(self.silos)
@@ -262,3 +257,12 @@ class LocalPool:
     def close(self) -> None:
         for silo in self.silos.values():
             silo.close()
+
+    def _make(self, job: Job, name: str, spec: SiloSpec) -> None:
+        silo = self.make(job, spec)
+        if cut := [n for n, other in {**self.silos, name: silo}.items() if other.hardware.shard == "all"][1:]:
+            raise ConfigError(
+                f'resources.shard = "all" also for {cut[0]}: torch lets a process have one silo whose model is cut; '
+                "train on Ray (without --local), where each has a process of its own"
+            )
+        self.silos[name] = silo

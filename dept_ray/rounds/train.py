@@ -10,7 +10,7 @@ cluster, bit for bit.
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from dept_ray.config import Job
@@ -163,8 +163,11 @@ def orders_for(
     bodies = {round: shared_body(state, round) for round in set(held.values())}
     rows = shared_rows(state, {name: cards[name] for name in silos}, held)
 
-    def whole(name: str) -> RoundOrder:
-        return orders_for(job, state, [name], cards, attempt=attempt, steps=steps, life=life, kept=kept)[name]
+    everything = cache(partial(shared_body, state, -1))
+
+    def whole(order: RoundOrder) -> RoundOrder:
+        rows = shared_rows(state, {order.silo: cards[order.silo]}, {order.silo: -1})
+        return replace(order, body=everything(), rows=rows[order.silo])
 
     every = job.rounds.score_every
     due = steps == 0 or (every > 0 and state.round % every == 0)
@@ -178,7 +181,7 @@ def orders_for(
             frozen_steps=frozen[name], ahead=ahead[name],
             donors=donors_of(job, state, name), donors_way=job.faults.newcomer_rows,
             fingerprint=fingerprint, codec=job.wire.codec, body=bodies[held[name]],
-            rows=rows[name], whole=partial(whole, name),
+            rows=rows[name], whole=whole,
         )
         for name in silos
     }  # fmt: skip

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from dept_ray.config import Job
-from dept_ray.errors import ClusterError
+from dept_ray.errors import ClusterError, SiloError
 from dept_ray.silo.flops import peak_flops
 from dept_ray.silo.model import Sizes
 
@@ -109,6 +109,9 @@ def choose_shard(hardware: Hardware, job: Job, shard: str, sizes: Sizes) -> Hard
         shard: auto, never, moments or all, as `resources.shard`. auto: the first of the others with which a GPU has
             room for activations, or the last; never on a CPU.
         sizes: of the silo's model.
+
+    Raises:
+        SiloError: all is cut on GPUs, and the job does not say how many sequences they take at once.
     """
     if hardware.ranks == 1:
         return hardware
@@ -117,6 +120,11 @@ def choose_shard(hardware: Hardware, job: Job, shard: str, sizes: Sizes) -> Hard
         limit = STATE_PART * torch.cuda.mem_get_info()[1] if hardware.device_type == "cuda" else math.inf
         may = ways if job.inner.optimizer == "adamw" else ("never",)
         shard = next((way for way in may if ways[way] <= limit), tuple(may)[-1])
+    if shard == "all" and hardware.device_type == "cuda" and job.inner.micro_batch is None:
+        raise SiloError(
+            "its GPUs have no room for its model, which is cut among them: set inner.micro_batch, 1 to begin with, for "
+            "it is not found out by trying there"
+        )
     # The hooks that gather and free a block's shards break the graphs that the compiler would make.
     return replace(hardware, shard=shard, state_bytes=ways[shard], compile=hardware.compile and shard != "all")
 

@@ -37,13 +37,13 @@ def cosine(step: int, *, steps: int, warmup: int, peak: float, floor: float) -> 
 
 
 def make_optimizer(
-    job: Job, body: torch.Tensor, layout: Layout, body_grad: torch.Tensor, embedding: Embedding
+    job: Job, body: torch.Tensor, layout: Layout, body_grad: torch.Tensor | None, embedding: Embedding
 ) -> Optimizer:
     """Over the flat body (matrices, then vectors), the tokens and the positions; decay on matrices only."""
 
     def part(start: int, stop: int) -> torch.Tensor:
         tensor = body[start:stop].detach()
-        tensor.grad = body_grad[start:stop]
+        tensor.grad = None if body_grad is None else body_grad[start:stop]
         return tensor
 
     matrices = Group("matrices", part(0, layout.matrix_size), job.inner.weight_decay)

@@ -13,7 +13,7 @@ from dept_ray.messages import SiloSpec
 from dept_ray.silo.fresh import drawn_embedding, fresh_body
 from dept_ray.silo.hardware import Hardware
 from dept_ray.silo.inner import make_optimizer
-from dept_ray.silo.model import Body, Embedding, LanguageModel, flatten_parameters, layout_of
+from dept_ray.silo.model import Body, Embedding, LanguageModel, flatten_gradients, flatten_parameters, layout_of
 from dept_ray.silo.optimizer import Optimizer
 from dept_ray.silo.parts import divide
 from dept_ray.silo.snapshot import Parts
@@ -35,7 +35,9 @@ class Learner:
         self.layout = layout_of(job.model)  # pyright: ignore[reportArgumentType] - a frozen section has a hash
         self._rank = rank
         self.model = new_model(job, vocabulary_size, "meta" if rank and hardware.shard == "all" else hardware.home)
-        self.body, self._body_grad = flatten_parameters(self.model.body, self.layout)
+        self.body = flatten_parameters(self.model.body, self.layout)
+        # Where all is cut, gradients are the shards' alone.
+        self._body_grad = None if hardware.shard == "all" else flatten_gradients(self.model.body, self.layout)
         self.vectors = Vectors(spec.silo, self.model, self.body)
         self.optimizer = self._new_optimizer()
 
@@ -51,12 +53,15 @@ class Learner:
 
     @contextmanager
     def on_device(self) -> Iterator[LanguageModel]:
-        """The whole model where it computes: a copy, where that is not its home."""
+        """The whole model where it computes: a copy where that is not its home, its matrices as they are multiplied."""
         if self.hardware.home == self.hardware.device:
             yield self.model
             return
-        model = new_model(self.job, self.vocabulary_size, "meta").to_empty(device=self.hardware.device)
-        model.load_state_dict(self.model.state_dict())
+        model = new_model(self.job, self.vocabulary_size, "meta")
+        for block in model.body.blocks if self.hardware.autocast else ():
+            for part in (block.attention, block.mlp):
+                part.bfloat16()  # pyright: ignore[reportCallIssue]
+        model.to_empty(device=self.hardware.device).load_state_dict(self.model.state_dict())
         yield model
 
     def begin_moments(self, moments: Mapping[str, torch.Tensor]) -> None:

@@ -30,6 +30,7 @@ __all__ = [
     "LanguageModel",
     "Layout",
     "Sizes",
+    "flatten_gradients",
     "flatten_parameters",
     "initialise",
     "layout_of",
@@ -234,22 +235,31 @@ def layout_of(section: ModelSection) -> Layout:
         return Layout.of(Body(section))
 
 
-def flatten_parameters(module: nn.Module, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
-    """Move a module's parameters and gradients into two flat fp32 vectors (layout.size,), of which they become views.
+def flatten_parameters(module: nn.Module, layout: Layout) -> torch.Tensor:
+    """Move a module's parameters into one flat fp32 vector (layout.size,), of which they become views.
 
-    Backward passes add to the second in place as long as it is emptied by `zero_()`, never by dropping `p.grad`. Call
-    it after `.to(device)`, which would undo it, and before compiling.
+    Call it after `.to(device)`, which would undo it, and before compiling.
     """
     parameters = dict(module.named_parameters())
     device = parameters[layout.names[0]].device
     flat = torch.empty(layout.size, dtype=torch.float32, device=device)
-    flat_grad = torch.zeros_like(flat)
-    values, grads = layout.views(flat), layout.views(flat_grad)
+    values = layout.views(flat)
     for name, parameter in parameters.items():
         values[name].copy_(parameter.detach())
         parameter.data = values[name]
+    return flat
+
+
+def flatten_gradients(module: nn.Module, layout: Layout) -> torch.Tensor:
+    """Let the gradients of a module with flat parameters be views of one flat vector (layout.size,) of zeros.
+
+    Backward passes add to it in place as long as it is emptied by `zero_()`, never by dropping `p.grad`.
+    """
+    flat = torch.zeros(layout.size, device=next(module.parameters()).device)
+    grads = layout.views(flat)
+    for name, parameter in module.named_parameters():
         parameter.grad = grads[name]
-    return flat, flat_grad
+    return flat
 
 
 @dataclass(frozen=True)

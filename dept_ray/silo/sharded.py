@@ -6,9 +6,9 @@ backward pass and whose gradient travels after it; and from first to last the em
 Blocks travel and compute in bf16, where autocast would cast them anyway (autocast's own copies would all be kept until
 the backward pass); norms and the embedding stay fp32, so that the numbers are those of one rank.
 
-Shards live from the first to the last step of an order. Between orders rank 0 has the whole model, on the host (on the
-GPU while it is scored), with moments where they are kept; so files, messages and scores know of no shards, and a rank
-that is lost costs the order. Of the flat vectors each `Shard` knows its place.
+Shards live from the first to the last step of an order. Between orders rank 0 has the whole model, on the host (on its
+GPU, in bf16 where it computes in that, while it is scored), with moments where they are kept; so files, messages and
+scores know of no shards, and a rank that is lost costs the order. Of the flat vectors each `Shard` knows its place.
 
 torch asks for its default process group, of which a process has one: silos with shards need a process each.
 """
@@ -72,14 +72,14 @@ class Shard(Group):
 
 
 class Sharded:
-    """This rank's shard.
+    """This rank's shard, for one order.
 
     Args:
         learner: this rank's; its model has values on rank 0 alone.
-        team: all ranks; nobody makes another of these in this process before it leaves.
+        team: all ranks.
 
     Raises:
-        SiloError: this process has a silo with shards already.
+        SiloError: this process has another silo with shards.
     """
 
     def __init__(self, learner: Learner, team: Team) -> None:
@@ -96,7 +96,6 @@ class Sharded:
         """Nothing is compiled."""
 
     def spread(self, team: Team) -> None:
-        self.optimizer.forget()
         wholes = {group.kind: group for group in self._learner.optimizer.groups}
         for shard in self._groups:
             _as_cut(shard.tensor).to_local().detach().copy_(self._part(shard, wholes[shard.kind].tensor))
@@ -115,6 +114,16 @@ class Sharded:
             self._collect(shard, _as_cut(shard.tensor.detach()), whole)
             if learner.keeps_moments:
                 self._collect_moments(shard, whole)
+
+    def release(self) -> None:
+        """Give its memory back, whoever refers to it still: torch's modules refer to themselves in circles."""
+        for shard in self._groups:
+            mine = shard.stepped
+            for tensor in (mine, mine.grad, *self.optimizer.moments.get(shard.name, {}).values()):
+                if tensor is not None:
+                    tensor.untyped_storage().resize_(0)
+        if self._mesh.device_type == "cuda":
+            torch.cuda.empty_cache()
 
     def _collect_moments(self, shard: Shard, whole: torch.Tensor) -> None:
         moments = self._learner.optimizer.moments.setdefault(shard.kind, {})

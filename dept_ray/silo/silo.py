@@ -27,6 +27,7 @@ from dept_ray.silo.fresh import fresh_shared
 from dept_ray.silo.hardware import Hardware, choose_hardware, choose_shard
 from dept_ray.silo.inner import NOTHING, Schedule, Trained, train_steps
 from dept_ray.silo.learner import Learner
+from dept_ray.silo.micro_batch import find_micro_batch
 from dept_ray.silo.model import num_parameters
 from dept_ray.silo.reading import open_stream
 from dept_ray.silo.score import score_corpus, score_text
@@ -72,6 +73,7 @@ class Silo:
         clock: seconds, for what is reported.
         start: how its other ranks are started, where it has some.
         rank: 0, which obeys orders; another one follows.
+        trains: called by the thread that is about to make steps.
 
     Raises:
         ShardError: its shards are missing or altered.
@@ -80,9 +82,9 @@ class Silo:
 
     def __init__(
         self, job: Job, spec: SiloSpec, read: Read | None = None, clock: Callable[[], float] = time.perf_counter,
-        start: Start = start_processes, rank: int = 0,
+        start: Start = start_processes, rank: int = 0, trains: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
-        self.job, self.spec, self._clock = job, spec, clock
+        self.job, self.spec, self._clock, self._trains = job, spec, clock, trains
         hardware = choose_hardware(job, spec.threads, spec.gpu, spec.compile, spec.ranks)
         self.corpora = open_corpora(job, spec)
         self.vocabulary = vocabulary_of(spec, self.corpora)
@@ -92,6 +94,9 @@ class Silo:
         self._learner = learner = Learner(job, spec, hardware, self.vocabulary.size, rank)
         self.model, self.body = learner.model, learner.body
         self._trainees = Trainees(learner)
+        if spec.gpu and job.inner.micro_batch is None:
+            found = find_micro_batch(self.model, learner.optimizer.tensors, job, hardware, spec.gpu_part)
+            learner.hardware = replace(hardware, micro_batch=found)
         self._after: str | None = NOWHERE
         self._left: Shared = {}
         """What is shared as it was at the end of the last round, where steps are made ahead of their order."""
@@ -285,14 +290,14 @@ class Silo:
 
     def _steps(self, order: RoundOrder, team: Team, batches: Iterable[np.ndarray], made: Trained = NOTHING) -> Trained:
         """Steps of an order on some of its batches, as one of its ranks."""
-        with team.listening():
-            trainee = self._trainees.of(team)
+        with team.listening(), self._trainees.of(team) as trainee:
             if trainee.to_compile:
                 doing = self._status.doing
                 self._say("compiling", order)
                 trainee.compile()
                 self._say(doing, order)
             trainee.spread(team)
+            self._trains()
             trained = train_steps(
                 trainee.model,
                 trainee.loss_of,

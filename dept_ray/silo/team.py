@@ -46,7 +46,7 @@ class Team:
         self, rank: int = 0, size: int = 1, small: Any = None, large: Any = None, store: Any = None, wait: Any = None
     ) -> None:
         self.rank, self.size, self._small, self._large, self._store, self._wait = rank, size, small, large, store, wait
-        self._is_default = False
+        self._mesh: Any = None
 
     def rows(self, batch: np.ndarray) -> np.ndarray:
         """This rank's rows of a batch (B, ...): the block (B / size, ...) of its number."""
@@ -60,14 +60,6 @@ class Team:
         said = torch.tensor([int(here)])
         self._done(self._small.allreduce, [said])
         return bool(said.item())
-
-    def least(self, here: int) -> int:
-        """The smallest of what the ranks say; all must say something."""
-        if self.size == 1:
-            return here
-        said = torch.tensor([here])
-        self._done(self._small.allreduce, [said], _distributed().ReduceOp.MIN)
-        return int(said.item())
 
     def sum(self, tensors: Iterable[torch.Tensor]) -> None:
         """Replace each tensor by its sum over the ranks, the same bits on all of them."""
@@ -105,11 +97,14 @@ class Team:
     def mesh(self, device_type: str) -> Any:
         """All ranks as a mesh of one dimension, for what torch does with those (`sharded`).
 
-        They become torch's default process group, of which a process has one, until this rank leaves.
+        They become torch's default process group, of which a process has one, until this rank leaves. (Its name is the
+        same each time: torch keeps some meshes for ever, and finds a later team's group by it.)
 
         Raises:
             SiloError: this process has one.
         """
+        if self._mesh is not None:
+            return self._mesh
         dist = _distributed()
         if dist.is_initialized():
             raise SiloError(
@@ -126,16 +121,20 @@ class Team:
             world_size=self.size,
             timeout=self._wait,
         )
-        self._is_default = True
-        return dist.device_mesh.init_device_mesh(device_type, (self.size,))
+        if device_type == "cuda":  # NCCL's communicators can only be given up together
+            self._large = dist.distributed_c10d._get_default_group()._get_backend(torch.device(device_type))
+        self._mesh = dist.device_mesh.init_device_mesh(device_type, (self.size,))
+        return self._mesh
 
     def leave(self) -> None:
         """Wait for nobody any more: what another rank's end left unfinished on a GPU would block it for ever."""
-        if self.size > 1:
-            self._large.abort()
-        if self._is_default:
-            _distributed().distributed_c10d._abort_process_group()
-            self._is_default = False
+        try:
+            if self._mesh is not None:
+                _distributed().distributed_c10d._abort_process_group()
+        finally:
+            self._mesh = None
+            if self.size > 1:
+                self._large.abort()
 
     def _done(self, collective: Callable[..., Any], *args: Any) -> None:
         """Raises SiloError where another rank is gone, or silent for longer than the group waits."""

@@ -4,16 +4,17 @@
 room, it is a shard of them (`sharded`).
 """
 
-from dataclasses import replace
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 from dept_ray.silo.compiling import LossOf, compile_now, compiled_loss
 from dept_ray.silo.learner import Learner
-from dept_ray.silo.micro_batch import find_micro_batch
 from dept_ray.silo.model import LanguageModel
 from dept_ray.silo.optimizer import Optimizer
 from dept_ray.silo.parts import gather_moments, spread
-from dept_ray.silo.team import ALONE, Team
+from dept_ray.silo.team import Team
 
 
 class Trainee(Protocol):
@@ -51,7 +52,7 @@ class Trainee(Protocol):
         """Let rank 0 have what was trained, as a whole.
 
         Raises:
-            SiloError: ranks that should have the same bits have not.
+            SiloError: ranks that have the same parameters have not the same bits.
         """
         ...
 
@@ -91,38 +92,27 @@ class Trainees:
     """Of one rank of a silo: the one that suits its hardware.
 
     Args:
-        learner: this rank's; where its hardware leaves the micro-batch open, that is found out.
+        learner: this rank's.
     """
 
     def __init__(self, learner: Learner) -> None:
-        self._learner = learner
-        self._cut: Trainee | None = None
-        self._cut_for = ALONE
-        self.copy = Copy(learner)
-        if learner.hardware.shard != "all":
-            self._find_micro_batch(self.copy, ALONE)
+        self._learner, self.copy = learner, Copy(learner)
 
-    def of(self, team: Team) -> Trainee:
-        """That which trains with a team; all its ranks must ask alike.
+    @contextmanager
+    def of(self, team: Team) -> Iterator[Trainee]:
+        """That which trains with a team, for one order; all its ranks must ask alike.
 
         Raises:
-            SiloError: it has no room, or another rank is gone.
+            SiloError: another rank is gone, or this process has another silo that is cut.
         """
         if self._learner.hardware.shard != "all":
-            return self.copy
-        if self._cut is None or self._cut_for is not team:
-            from dept_ray.silo.sharded import Sharded  # a second to import, for those alone who need it
+            yield self.copy
+            return
+        from dept_ray.silo.sharded import Sharded  # a second to import, for those alone who need it
 
-            self._cut = None  # give back its memory first
-            cut = Sharded(self._learner, team)
-            self._find_micro_batch(cut, team)
-            self._cut, self._cut_for = cut, team
-        return self._cut
-
-    def _find_micro_batch(self, trainee: Trainee, team: Team) -> None:
-        learner = self._learner
-        if learner.spec.gpu and learner.job.inner.micro_batch is None:
-            found = find_micro_batch(
-                trainee.model, trainee.optimizer.tensors, learner.job, learner.hardware, learner.spec.gpu_part
-            )
-            learner.hardware = replace(learner.hardware, micro_batch=team.least(found))
+        gc.collect()  # what one whose order failed has left behind
+        cut = Sharded(self._learner, team)
+        try:
+            yield cut
+        finally:
+            cut.release()

@@ -207,13 +207,15 @@ def _memory(job: Job, values: Values, vocabulary_size: int) -> Memory:
     rows = loss_rows(job, micro_batch * inner.context, vocabulary_size)
     shard = resources.shard if resources.processes > 1 else "never"
     kept = opened = values.total
+    block = 0
     if shard == "all":  # the embedding is whole during a pass, and two blocks: one that computes, one that comes
-        kept, opened = values.total // resources.processes, 2 * values.body // job.model.layers
+        block = values.body // job.model.layers
+        kept, opened = values.total // resources.processes, 2 * block
     embedding = values.total - values.body if shard == "all" else 0
     moments = 2 * values.total - (_matrices(job) if inner.optimizer == "muon" else 0)
     return Memory(
         weights=FP32_BYTES * (kept + embedding),
-        gradients=FP32_BYTES * (kept + embedding),
+        gradients=FP32_BYTES * (kept + embedding) + (_value_bytes(job) + FP32_BYTES) * block,  # and of one on its way
         moments=FP32_BYTES * moments // (resources.processes if shard in ("moments", "all") else 1),
         casts=_value_bytes(job) * opened if _value_bytes(job) == 2 or shard == "all" else 0,
         activations=activation_bytes(job, micro_batch, inner.checkpoint_activations),

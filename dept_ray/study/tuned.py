@@ -18,7 +18,7 @@ from dept_ray.draws import generator, seed_for
 from dept_ray.errors import ConfigError
 from dept_ray.silo.hardware import Hardware
 from dept_ray.silo.inner import make_optimizer
-from dept_ray.silo.model import STD, LanguageModel, flatten_parameters, layout_of
+from dept_ray.silo.model import STD, LanguageModel, flatten_gradients, flatten_parameters, layout_of
 from dept_ray.silo.optimizer import AdamW, Group
 from dept_ray.study.examples import Goal
 
@@ -132,7 +132,8 @@ class FineTuned:
             self._head.bias.zero_()
         self._head = self._head.to(hardware.device)
         layout = layout_of(job.model)  # pyright: ignore[reportArgumentType] - a frozen section has a hash
-        flat, gradient = flatten_parameters(model.body, layout)
+        flat = flatten_parameters(model.body, layout)
+        gradient = flatten_gradients(model.body, layout)
         inner = job.inner.model_copy(update={"optimizer": "adamw", "weight_decay": 0.0})
         groups = make_optimizer(job.model_copy(update={"inner": inner}), flat, layout, gradient, model.embedding).groups
         groups += [Group(f"head.{name}", parameter, 0.0) for name, parameter in self._head.named_parameters()]

@@ -209,7 +209,7 @@ def test_an_order_for_one_who_holds_nothing_any_more_is_whole() -> None:
     """Where it is not known, as in a region that has the order from a letter, there is none."""
     whole = RoundOrder("tiny", "a", 3, 0, None, {}, 0, 1, False, body=np.zeros(4, np.float32))
     assert whole.from_nothing is whole
-    moves = replace(whole, body=Moves((4,), 3, ()), whole=lambda: whole)
+    moves = replace(whole, body=Moves((4,), 3, ()), whole=lambda order: whole)
     assert moves.from_nothing is whole
     assert moves.without_arrays().whole is None
     assert pickle.loads(pickle.dumps(moves)).whole is None

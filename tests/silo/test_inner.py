@@ -12,7 +12,15 @@ from dept_ray.config import Job
 from dept_ray.jobfile import parse_job
 from dept_ray.silo.hardware import Hardware
 from dept_ray.silo.inner import Schedule, Trained, cosine, make_optimizer, train_steps
-from dept_ray.silo.model import Body, Embedding, LanguageModel, Layout, flatten_parameters, initialise
+from dept_ray.silo.model import (
+    Body,
+    Embedding,
+    LanguageModel,
+    Layout,
+    flatten_gradients,
+    flatten_parameters,
+    initialise,
+)
 
 V, B, T = 40, 4, 16
 
@@ -42,7 +50,8 @@ class Bench:
         self.model = LanguageModel(Body(section), Embedding(V, section, T))
         initialise(self.model, torch.Generator().manual_seed(0))
         self.layout = Layout.of(self.model.body)
-        self.body, grad = flatten_parameters(self.model.body, self.layout)
+        self.body = flatten_parameters(self.model.body, self.layout)
+        grad = flatten_gradients(self.model.body, self.layout)
         self.optimizer = make_optimizer(job, self.body, self.layout, grad, self.model.embedding)
 
     def train(self, batches: list[np.ndarray], micro_batch: int = B, **more: Any) -> Trained:

@@ -23,6 +23,7 @@ from dept_ray.silo.model import (
     Embedding,
     LanguageModel,
     Layout,
+    flatten_gradients,
     flatten_parameters,
     initialise,
     num_parameters,
@@ -325,7 +326,9 @@ def test_layout_views_share_memory_with_numpy_and_torch() -> None:
 def flat_twins(section: ModelSection) -> tuple[LanguageModel, LanguageModel, torch.Tensor, torch.Tensor]:
     """A model as torch makes it, and the same model flattened."""
     usual, flattened = make_rough(section), make_rough(section)
-    flat, flat_grad = flatten_parameters(flattened.body, Layout.of(flattened.body))
+    layout = Layout.of(flattened.body)
+    flat = flatten_parameters(flattened.body, layout)
+    flat_grad = flatten_gradients(flattened.body, layout)
     return usual, flattened, flat, flat_grad
 
 

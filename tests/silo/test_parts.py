@@ -12,7 +12,7 @@ from test_ranks import OpenSilo, Threads, assert_close, assert_same_rounds, rank
 from test_silo import assert_same, first_order, next_order
 
 from dept_ray.config import Job
-from dept_ray.errors import ConfigError
+from dept_ray.errors import ConfigError, SiloError
 from dept_ray.rounds.pool import specs_of
 from dept_ray.silo import hardware as hardware_module
 from dept_ray.silo import parts as parts_module
@@ -176,7 +176,7 @@ def test_parts_cover_a_vector_once() -> None:
 
 
 def test_a_gpu_that_would_be_too_full_has_parts(tiny, monkeypatch):
-    job, gpu = tiny(inner={"optimizer": "adamw"}), Hardware("cuda", 1, True, True, 1, ranks=4)
+    job, gpu = tiny(inner={"optimizer": "adamw", "micro_batch": 1}), Hardware("cuda", 1, True, True, 1, ranks=4)
     size = lambda total: Sizes(body=total - 100, tokens=100, positions=0)  # noqa: E731
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 24_000))
     assert choose_shard(gpu, job, "auto", size(1000)).parts == 1, "18 bytes a parameter are three quarters"
@@ -188,6 +188,8 @@ def test_a_gpu_that_would_be_too_full_has_parts(tiny, monkeypatch):
     assert (found.shard, found.parts, found.state_bytes) == ("all", 4, 1501 * 16 // 4 + 100 * 8)
     assert str(found).endswith("1, 4 ranks, model in 4 parts, 6.8e-06 GB a rank")
     assert (found.device, found.home) == ("cuda", "cpu")
+    with pytest.raises(SiloError, match=r"set inner\.micro_batch"):
+        choose_shard(gpu, tiny(inner={"optimizer": "adamw"}), "auto", size(1501))
     assert choose_shard(gpu, job, "never", size(1001)).parts == 1
     assert choose_shard(gpu, job, "all", size(1)).shard == "all"
     alone = dataclasses.replace(gpu, ranks=1)

@@ -3,7 +3,7 @@
 Its ranks are processes here, as always: torch has one default process group in each.
 """
 
-import json
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 import torch
 from test_parts import moments_in
-from test_ranks import assert_close, assert_same_rounds, kill_rank_1, rank_1_killed_before_batch, ranked
+from test_ranks import assert_close, assert_same_rounds, kill_rank_1, rank_1_killed_before_batch, ranked, rounds_of
 from test_silo import assert_same, first_order, next_order
 
 from dept_ray.config import Job
 from dept_ray.errors import ConfigError, SiloError
 from dept_ray.rounds.pool import LocalPool, specs_of
 from dept_ray.silo.crew import start_processes
+from dept_ray.silo.hardware import Hardware
+from dept_ray.silo.model import Attention
+from dept_ray.silo.score import score_corpus
 from dept_ray.silo.silo import Silo
 
 Make = Callable[..., Job]
@@ -42,11 +45,17 @@ def test_ranks_with_a_shard_of_the_model_equal_one_with_all(tiny: Make, ranks: i
         assert ours.score()["code"].nats == pytest.approx(theirs.score()["code"].nats, rel=1e-5)
 
 
-def test_in_bf16_the_shards_compute_what_autocast_computes(tiny: Make) -> None:
-    """To the third digit of a gradient, as two orders of summing do in bf16."""
+def test_in_bf16_the_shards_compute_what_autocast_computes(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the third digit of a gradient, as two orders of summing do in bf16; and blocks travel in it."""
     several, alone = ranked(tiny, 2, "spec", "all", precision="bf16"), ranked(tiny, 1, "spec", precision="bf16")
+    seen, attend = set[torch.dtype](), Attention.forward
+    look = lambda self, *more: seen.add(self.qkv.weight.dtype) or attend(self, *more)  # noqa: E731
     with opened(several) as ours, opened(alone) as theirs:
-        a, b = ours.obey(first_order(several, ours)), theirs.obey(first_order(alone, theirs))
+        with monkeypatch.context() as patch:
+            patch.setattr(Attention, "forward", look)
+            a = ours.obey(dataclasses.replace(first_order(several, ours), score=False))
+        b = theirs.obey(first_order(alone, theirs))
+    assert seen == {torch.bfloat16}
     assert a.loss == pytest.approx(b.loss, rel=1e-4)
     assert a.body is not None
     assert b.body is not None
@@ -78,29 +87,46 @@ def test_shards_resume_bit_for_bit_and_files_do_not_tell_of_them(tiny: Make) -> 
         assert_close(silo.obey(second), went_on)  # and shards read what was written without them
 
 
-def test_each_rank_holds_its_shard_and_no_more(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_rank_holds_its_shard_while_it_trains_and_nothing_afterwards(
+    tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from dept_ray.silo.sharded import Sharded
 
-    held: dict[int, int] = {}
+    held: list[dict[int, int]] = []
     stepped: list[str] = []
-    gather = Sharded.gather
+    gather, release = Sharded.gather, Sharded.release
 
-    def look_and_gather(self: Sharded, *more: Any) -> None:
+    def look(self: Sharded) -> None:
+        held.append({})
         for shard in self.optimizer.groups:
             stepped.append(shard.name.split(".", 1)[1])
-            tensors = [shard.stepped, shard.stepped.grad, *self.optimizer.moments[shard.name].values()]
-            found = [t.untyped_storage() for t in tensors if t is not None and t.dim()]
-            held.update({storage.data_ptr(): storage.nbytes() // 4 for storage in found})
+            kept = [moments.get(shard.name, {}) for moments in (self.optimizer.moments, self.optimizer._forgotten)]
+            tensors = [shard.stepped, shard.stepped.grad, *(t for moments in kept for t in moments.values() if t.dim())]
+            found = [t.untyped_storage() for t in tensors if t is not None]
+            held[-1].update({storage._cdata: storage.nbytes() // 4 for storage in found})
+
+    def look_and_gather(self: Sharded, *more: Any) -> None:
+        look(self)
         gather(self, *more)
 
+    def release_and_look(self: Sharded) -> None:
+        release(self)
+        look(self)
+
     monkeypatch.setattr(Sharded, "gather", look_and_gather)
+    monkeypatch.setattr(Sharded, "release", release_and_look)
     job = ranked(tiny, 2, shard="all")
     with opened(job) as silo:
-        silo.obey(first_order(job, silo))
+        rounds_of(silo, job)  # the second begins with the moments of the first
         parameters = dict(silo.model.named_parameters())
-    assert sorted(stepped) == sorted(parameters)
+        assert not any(p.grad is not None for p in parameters.values()), "gradients are the shards' alone"
+    assert sorted(stepped) == sorted(4 * [*parameters])
     most = sum(4 * -(-len(p) // 2) * p[0].numel() for p in parameters.values())
-    assert most * 0.98 < sum(held.values()) <= most, "a half of weights, gradients and both moments"
+    for number, found in enumerate(held):
+        if number % 2:
+            assert sum(found.values()) == 0
+        else:
+            assert most * 0.98 < sum(found.values()) <= most, "a half of weights, gradients and both moments"
 
 
 def test_a_rank_that_is_killed_fails_the_silo_and_the_next_order_succeeds(tiny: Make) -> None:
@@ -117,8 +143,10 @@ def test_a_rank_that_is_killed_fails_the_silo_and_the_next_order_succeeds(tiny: 
 
 def test_a_process_has_one_silo_with_shards(tiny: Make) -> None:
     job = ranked(tiny, 2, "spec", shard="all")
-    with pytest.raises(ConfigError, match=r'resources\.shard = "all" for code, latin.*--local'):
-        LocalPool().open(job, job)
+    pool = LocalPool()
+    with pytest.raises(ConfigError, match=r'resources\.shard = "all" also for latin.*--local'):
+        pool.open(job, job)
+    pool.close()
     with ExitStack() as both:
         first, second = (both.enter_context(closing(Silo(job, spec))) for spec in list(specs_of(job).values())[:2])
         first.obey(first_order(job, first))
@@ -126,13 +154,30 @@ def test_a_process_has_one_silo_with_shards(tiny: Make) -> None:
             second.obey(first_order(job, second))
 
 
-def test_a_model_whose_home_is_the_host_is_scored_by_a_copy(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = ranked(tiny, 1)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_model_whose_home_is_the_host_is_scored_by_a_copy(
+    tiny: Make, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """To the bit; in bf16 its matrices are half as large."""
+    job = ranked(tiny, 1, precision=precision)
     with opened(job) as silo:
         silo.obey(first_order(job, silo))
         expected = silo.score()
-        learner = silo._learner
-        monkeypatch.setattr(type(learner.hardware), "home", "elsewhere")
-        with learner.on_device() as copy:
-            assert copy is not silo.model
-        assert json.dumps(expected, default=vars) == json.dumps(silo.score(), default=vars)
+        monkeypatch.setattr(Hardware, "home", "elsewhere")
+        with silo._learner.on_device() as copy:
+            silo.body.zero_()
+            assert (
+                score_corpus(copy, silo.corpora["code"], silo.vocabulary, 32, silo._rows_scored, silo.hardware)
+                == (expected["code"])
+            )
+            weights = copy.body.blocks[0].attention.qkv.weight
+            assert (weights.dtype == torch.bfloat16) == (precision == "bf16")
+        assert silo.score() != expected, "a copy of what it is now"
+
+
+@pytest.mark.parametrize(("inner", "match"), [
+    ({}, r'"all" and no inner\.micro_batch'), ({"micro_batch": 1, "compile": "always"}, r'"all" and inner\.compile'),
+])  # fmt: skip
+def test_what_cannot_be_with_shards_is_refused(tiny: Make, inner: Any, match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        tiny(resources={"shard": "all", "num_gpus": 2}, inner=inner)
