@@ -2,10 +2,11 @@
 
 Help is counted in CPU seconds beside an interpreter that does nothing; the first step in seconds on the wall beside
 one that imports what training needs (torch and Ray), for the disk and the cores decide both. The first step is made
-when the snapshot that follows it is on disk.
+when the snapshot that follows it is on disk. Where it is compiled, all that was compiled before is on disk too.
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import subprocess
@@ -26,10 +27,11 @@ HELP_CPU_S, FIRST_STEP_S = 0.3, 12.0
 
 
 def bench(asked: argparse.Namespace) -> Iterator[Ratio]:
-    """Two or three ratios: help, and the first step with one silo and (full size) with four."""
+    """Help, and the first step; at full size with one silo and with four, as it is and compiled."""
     yield of_help(asked.repeats)
-    for silos in (1, 4) if asked.size == "full" else (1,):
-        yield of_first_step(asked, silos)
+    full = asked.size == "full"
+    for compiled, silos in itertools.product((False, True), (1, 4)) if full else [(False, 1)]:
+        yield of_first_step(asked, silos, compiled)
 
 
 def of_help(repeats: int) -> Ratio:
@@ -47,14 +49,16 @@ def of_help(repeats: int) -> Ratio:
     )  # fmt: skip
 
 
-def of_first_step(asked: argparse.Namespace, silos: int) -> Ratio:
+def of_first_step(asked: argparse.Namespace, silos: int, compiled: bool) -> Ratio:
     """Seconds to the first step over those of the imports."""
     size = SIZES[asked.size]
     make: Callable[[], Job] = lambda: job_of(  # noqa: E731 - a run's name is used once
-        size, asked.folder, f"start-{uuid.uuid4().hex[:8]}", silos, steps=1, inner={"compile": "never"},
-        rounds={"total": 1},
+        size, asked.folder, f"start-{uuid.uuid4().hex[:8]}", silos, steps=1,
+        inner={"compile": "always" if compiled else "never"}, rounds={"total": 1},
     )  # fmt: skip
     prepare(make(), local=True)
+    if compiled:
+        first_step(make(), asked.folder)  # which leaves on disk what it compiles
     ours, imports = in_turns(
         asked.repeats,
         lambda: first_step(make(), asked.folder),
@@ -62,7 +66,7 @@ def of_first_step(asked: argparse.Namespace, silos: int) -> Ratio:
     )
     value = median(ours, "seconds")
     return Ratio(
-        f"first step, {silos} silo{'s' * (silos > 1)}",
+        f"first step, {silos} silo{'s' * (silos > 1)}{', compiled' * compiled}",
         "seconds from dept-ray train to the first optimizer step / of import torch, ray",
         value / median(imports, "seconds"), f"< {FIRST_STEP_S:g} s", value < FIRST_STEP_S,
         {"seconds": [figures["seconds"] for figures in ours],
