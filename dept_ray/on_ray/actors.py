@@ -57,6 +57,8 @@ class SiloActor:
         self.job, self.spec, self.make = Job.model_validate_json(job), spec, make
         self.node = ray.get_runtime_context().get_node_id()
         self.silo: Silo | None = None
+        self._rounds = 0
+        """That it has trained in, this one included."""
         self.gauges = SiloGauges(self.job.name, spec.silo)
 
     def card(self) -> SiloCard:
@@ -70,9 +72,11 @@ class SiloActor:
         """Let go first whoever starts, reads or makes the outer step: steps take all the rest anyway.
 
         A silo that is made anew imports and compiles for 4 s, of a core that it would share with all who train. On
-        Linux each thread has a priority of its own; Ray gives its workers 15, and nobody can take one back.
+        Linux each thread has a priority of its own; Ray gives its workers 15, and nobody can take one back. Not in its
+        first round, in which all may be starting.
         """
-        if not self.spec.gpu and self.spec.ranks == 1 and sys.platform == "linux":
+        self._rounds += 1
+        if self._rounds > 1 and not self.spec.gpu and self.spec.ranks == 1 and sys.platform == "linux":
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LAST)
 
     @cached_property

@@ -9,7 +9,7 @@ LlamaForCausalLM compute. Shapes: B batch, T time, D width, V rows, H heads, F t
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,8 +56,12 @@ class Body(nn.Module):
         """Whether the backward pass computes each block again instead of keeping its activations."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.by(self.blocks, x)
+
+    def by(self, blocks: Iterable[Callable[..., torch.Tensor]], x: torch.Tensor) -> torch.Tensor:
+        """The same by other ways to compute each block (`compiling`)."""
         rotation = _rotation(x.shape[1], self.head_width, self.theta, x.device) if self.head_width else None
-        for block in self.blocks:
+        for block in blocks:
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, rotation, use_reentrant=False)
             else:

@@ -27,7 +27,7 @@ with one_before_the_others(lock):
 
 @pytest.fixture
 def model() -> LanguageModel:
-    section = ModelSection(layers=1, width=16, heads=2)
+    section = ModelSection(layers=2, width=16, heads=2)
     made = LanguageModel(Body(section), Embedding(50, section, 8))
     initialise(made, torch.Generator().manual_seed(0))
     return made
@@ -51,8 +51,12 @@ def test_the_first_pass_changes_nothing(model: LanguageModel) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler: of torch.jit
 def test_compiled_the_loss_is_the_loss(model: LanguageModel) -> None:
     ids = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(1))
+    from torch._dynamo.utils import counters
+
+    counters.clear()
     loss_of, parameters = compiled_loss(model), list(model.parameters())
     compile_now(loss_of, parameters, (2, 8), autocast=False)
+    assert counters["stats"]["unique_graphs"] == 2, "one block for all, and a chunk of the loss"
     got, expected = loss_of(ids[:, :-1], ids[:, 1:]), model.loss(ids[:, :-1], ids[:, 1:])
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
     ours, theirs = (torch.autograd.grad(loss, parameters) for loss in (got, expected))
