@@ -230,7 +230,7 @@ class LocalPool:
         meanwhile()
         answers: dict[str, SiloUpdate | Exception] = {}
         asked_at, at = dict[str, float](), dict[str, float]()
-        self._orders = dict(orders)
+        self._orders = {name: order.without_arrays() for name, order in orders.items()}  # nor the state behind them
         for name, order in orders.items():
             asked_at[name] = time.monotonic()
             try:
@@ -261,6 +261,7 @@ class LocalPool:
     def _make(self, job: Job, name: str, spec: SiloSpec) -> None:
         silo = self.make(job, spec)
         if cut := [n for n, other in {**self.silos, name: silo}.items() if other.hardware.shard == "all"][1:]:
+            silo.close()
             raise ConfigError(
                 f'resources.shard = "all" also for {cut[0]}: torch lets a process have one silo whose model is cut; '
                 "train on Ray (without --local), where each has a process of its own"
