@@ -116,7 +116,7 @@ class Ranks:
                 if late or self._crew.gone():
                     raise SiloError(self._told() or told or "one of its ranks ended as it began; its own log says more")
                 time.sleep(_LOOK_EVERY_S)
-            self._team = join(self._store, 0, self.spec.ranks, self.spec.gpu, limit_s)
+            self._team = join(self._store, 0, self.spec.ranks, self.spec.gpu, limit_s, self._crew.gone)
             unless_all_meet.pop_all()
 
     def _told(self) -> str:

@@ -16,8 +16,9 @@ ranks meet on the loopback interface.
 """
 
 import socket
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -29,6 +30,7 @@ from dept_ray.errors import SiloError
 _HERE = "127.0.0.1"
 _LOOPBACK = "loopback"
 """Gloo that listens on this machine alone, by the name that torch has for it."""
+_LOOK_EVERY = timedelta(seconds=1)
 
 
 class Team:
@@ -40,12 +42,15 @@ class Team:
         small: process group of CPU tensors.
         large: process group of the tensors that are trained.
         store, wait: where they met, and what any of them waits for any other.
+        gone: whether another one is known to have ended.
     """
 
     def __init__(
-        self, rank: int = 0, size: int = 1, small: Any = None, large: Any = None, store: Any = None, wait: Any = None
-    ) -> None:
-        self.rank, self.size, self._small, self._large, self._store, self._wait = rank, size, small, large, store, wait
+        self, rank: int = 0, size: int = 1, small: Any = None, large: Any = None, store: Any = None, wait: Any = None,
+        gone: Callable[[], bool] = lambda: False,
+    ) -> None:  # fmt: skip
+        self.rank, self.size, self._small, self._large = rank, size, small, large
+        self._store, self._wait, self._gone = store, wait, gone
         self._mesh: Any = None
 
     def rows(self, batch: np.ndarray) -> np.ndarray:
@@ -139,9 +144,30 @@ class Team:
     def _done(self, collective: Callable[..., Any], *args: Any) -> None:
         """Raises SiloError where another rank is gone, or silent for longer than the group waits."""
         try:
-            collective(*args).wait()
+            work = collective(*args)
+            if self._large is self._small:
+                self._look_while_waiting(work)
+            else:
+                work.wait()
         except RuntimeError as err:
             raise self._lost(err) from None
+
+    def _look_while_waiting(self, work: Any) -> None:
+        """Wait, and see for oneself who ends meanwhile.
+
+        Gloo fails what waits for a connection that breaks, but for what has read the first part of a message: that
+        waits for the rest until its time is up (`Pair::signalException` in gloo/transport/tcp/pair.cc, in 2026). Where
+        tensors are on GPUs, what it carries is too small to come in parts.
+        """
+        while not work.is_completed():
+            try:
+                work.wait(_LOOK_EVERY)
+            except RuntimeError:
+                if not work.is_completed() and self._gone():
+                    # A group's end waits for all that it began: let somebody else do that.
+                    threading.Thread(target=_outlast, args=(work, self._small), daemon=True).start()
+                    raise RuntimeError("its process has ended") from None
+        work.wait()  # says what it failed for
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -177,7 +203,15 @@ def open_store(port: int, timeout_s: float) -> Any:
     return _distributed().TCPStore(_HERE, port, is_master=False, timeout=timedelta(seconds=timeout_s))
 
 
-def join(store: Any, rank: int, size: int, gpu: bool, timeout_s: float) -> Team:
+def _outlast(work: Any, group: Any) -> None:
+    """Hold a group until what it began has ended, however."""
+    with suppress(RuntimeError):
+        work.wait()
+
+
+def join(
+    store: Any, rank: int, size: int, gpu: bool, timeout_s: float, gone: Callable[[], bool] = lambda: False
+) -> Team:
     """Become a rank; returns when all have.
 
     Args:
@@ -185,6 +219,7 @@ def join(store: Any, rank: int, size: int, gpu: bool, timeout_s: float) -> Team:
         rank, size: its number, and how many they are.
         gpu: whether it trains on one.
         timeout_s: what any of them waits for any other, now and later.
+        gone: whether another one is known to have ended, to whom knows.
 
     Raises:
         SiloError: another is gone, or does not come.
@@ -198,7 +233,7 @@ def join(store: Any, rank: int, size: int, gpu: bool, timeout_s: float) -> Team:
             large = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), rank, size, settings)
     except RuntimeError as err:
         raise SiloError(f"rank {rank} of {size} did not meet the others: {_first_words(err)}") from None
-    return Team(rank, size, small, large, store, wait)
+    return Team(rank, size, small, large, store, wait, gone)
 
 
 def _gloo_here(store: Any, rank: int, size: int, timeout: timedelta) -> Any:

@@ -287,3 +287,24 @@ def test_a_rank_that_is_silent_is_not_waited_for_for_ever():
 
     lost, _ = together(2, one, timeout_s=1.0)
     assert isinstance(lost, SiloError)
+
+
+def test_a_rank_that_ends_in_the_middle_of_a_message_is_not_waited_for() -> None:
+    """Gloo waits for the rest; so this one says nothing, and is known to be gone."""
+    store, over = new_store(20), threading.Event()
+
+    def silent() -> None:
+        there = join(open_store(store.port, 20), 1, 2, gpu=False, timeout_s=20)
+        over.wait(15)
+        assert there.rank == 1
+
+    thread = threading.Thread(target=silent)
+    thread.start()
+    team = join(store, 0, 2, gpu=False, timeout_s=20, gone=lambda: True)
+    values = torch.zeros(1000)
+    with pytest.raises(SiloError, match="rank 0 of 2 lost another: its process has ended"):
+        team.sum([values])
+    del team
+    assert thread.is_alive(), "the end of a team does not wait for the sum either"
+    over.set()
+    thread.join()
