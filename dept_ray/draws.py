@@ -5,6 +5,7 @@ A generator with a history cannot be resumed, moved or reordered. Here every dra
 """
 
 import hashlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -43,5 +44,28 @@ def digest(*parts: str | bytes) -> str:
 
 
 def checksum(data: Any) -> str:
-    """A fast 128-bit checksum (xxh3, some 10 GB/s) of a large contiguous buffer (array or bytes)."""
+    """A fast 128-bit checksum (xxh3, as fast as memory is read) of a large contiguous buffer (array or bytes)."""
     return xxhash.xxh3_128_hexdigest(data)
+
+
+PIECE = 1 << 17
+"""Values of a vector that have a checksum: who does anything with them at the time has them in cache already."""
+
+
+def pieces(length: int) -> Iterator[slice]:
+    """Where those of a vector are.
+
+    >>> list(pieces(PIECE + 1))
+    [slice(0, 131072, None), slice(131072, 131073, None)]
+    """
+    return (slice(start, min(start + PIECE, length)) for start in range(0, length, PIECE))
+
+
+def fingerprint(checksums: Iterable[str]) -> str:
+    """Of a vector, from the checksum of each of its `pieces`, in order."""
+    return checksum("".join(checksums).encode())
+
+
+def fingerprint_of(vector: np.ndarray) -> str:
+    """The same of a vector (n,) that is at hand."""
+    return fingerprint(checksum(vector[here]) for here in pieces(len(vector)))

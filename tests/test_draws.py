@@ -5,7 +5,7 @@ import doctest
 import numpy as np
 
 import dept_ray.draws as module
-from dept_ray.draws import checksum, digest, generator, seed_for
+from dept_ray.draws import checksum, digest, fingerprint, fingerprint_of, generator, pieces, seed_for
 
 
 def test_seeds_are_what_they_have_always_been():
@@ -46,6 +46,18 @@ def test_a_checksum_sees_every_bit_and_only_the_bytes():
     other.view(np.uint32)[500] ^= 1
     assert checksum(body) == checksum(body.tobytes()) == checksum(body.copy())
     assert checksum(body) != checksum(other)
+
+
+def test_a_fingerprint_sees_every_piece_and_their_order(monkeypatch):
+    monkeypatch.setattr(module, "PIECE", 100)
+    body = np.arange(250, dtype=np.float32)
+    seen = {fingerprint_of(body), fingerprint_of(body[:249]), fingerprint_of(np.roll(body, 100))}
+    for at in (0, 150, 249):
+        other = body.copy()
+        other.view(np.uint32)[at] ^= 1
+        seen.add(fingerprint_of(other))
+    assert len(seen) == 6
+    assert fingerprint(checksum(body[here]) for here in pieces(250)) == fingerprint_of(body.copy())
 
 
 def test_the_examples_in_docstrings_hold():

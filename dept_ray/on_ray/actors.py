@@ -11,7 +11,8 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
@@ -35,6 +36,7 @@ from dept_ray.silo.memory import keep_freed_memory
 if TYPE_CHECKING:
     from dept_ray.on_ray.streaming import RayReader
     from dept_ray.rounds.pool import MakeSilo
+    from dept_ray.silo.inner import Trained
     from dept_ray.silo.silo import Silo
 
 PREDECESSOR_S = 60.0
@@ -64,20 +66,33 @@ class SiloActor:
     def card(self) -> SiloCard:
         with self._discreet():
             self.silo = self.make(
-                self.job, self.spec, read=lambda source, blocks: self._reader(source, blocks), trains=self._step_back
+                self.job, self.spec, read=lambda source, blocks: self._reader(source, blocks), run=self._behind_others
             )
             return self.silo.card()
 
-    def _step_back(self) -> None:
-        """Let go first whoever starts, reads or makes the outer step: steps take all the rest anyway.
+    def _behind_others(self, steps: "Callable[[], Trained]") -> "Trained":
+        """Make steps, and let first whoever starts, reads, takes up an order or makes the outer step.
 
-        A silo that is made anew imports and compiles for 4 s, of a core that it would share with all who train. On
-        Linux each thread has a priority of its own; Ray gives its workers 15, and nobody can take one back. Not in its
-        first round, in which all may be starting.
+        A silo that is made anew imports and compiles for 4 s, of a core that it would share with all who train; one
+        that takes up its order shares it with those who have. On Linux each thread has a priority of its own, which
+        nobody can take back; Ray gives its workers 15. Not in the first round, in which all may be starting.
         """
         self._rounds += 1
-        if self._rounds > 1 and not self.spec.gpu and self.spec.ranks == 1 and sys.platform == "linux":
+        if self._rounds == 1 or self.spec.gpu or self.spec.ranks > 1 or sys.platform != "linux":
+            return steps()
+        return self._last.submit(steps).result()
+
+    @cached_property
+    def _last(self) -> ThreadPoolExecutor:
+        """One thread of the lowest priority, as are those that it divides its work among."""
+
+        def begin() -> None:
+            import torch
+
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LAST)
+            torch.set_num_threads(self.spec.threads)
+
+        return ThreadPoolExecutor(1, "steps", initializer=begin)
 
     @cached_property
     def _reader(self) -> "RayReader":

@@ -5,14 +5,14 @@ of it is part of the state, so a resumed run has the same job (`changed`) and th
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
 from dept_ray.config import Job
 from dept_ray.errors import ConfigError, DeptError, nearest
 from dept_ray.jobfile import parse_job
-from dept_ray.messages import Change
+from dept_ray.messages import Change, SiloCard
 from dept_ray.metrics import Sink
 from dept_ray.rounds.control import Control
 from dept_ray.rounds.methods import method_of, silos_of
@@ -95,11 +95,9 @@ def obey_people(job: Job, state: RunState, pool: SiloPool, log: Sink, control: C
     return job, state
 
 
-def with_newcomers(state: RunState, pool: SiloPool) -> RunState:
+def with_newcomers(state: RunState, ready: Set[str], cards: Mapping[str, SiloCard]) -> RunState:
     """The state with a record for every silo that has become ready since: it has trained nothing yet."""
-    new = pool.ready() - state.silos.keys()
-    cards = pool.cards
-    new = {name: SiloRecord(position=dict.fromkeys(cards[name].sources, 0)) for name in new}
+    new = {name: SiloRecord(position=dict.fromkeys(cards[name].sources, 0)) for name in ready - state.silos.keys()}
     return replace(state, silos=dict(sorted({**state.silos, **new}.items()))) if new else state
 
 

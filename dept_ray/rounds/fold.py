@@ -6,29 +6,32 @@ their number, so the bits are those of one thread. Knows nothing of what a delta
 """
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import torch
 
+from dept_ray import draws
 from dept_ray.codec import Coded
 from dept_ray.messages import Delta, Held, fetched
 
-PIECE = 1 << 17
-"""Values at a time: what is folded stays in cache, and Python's part in it is small."""
+PIECE = 4 * draws.PIECE
+"""Values at a time: what is folded stays in cache, and threads seldom wait for each other's Python."""
 _AT_ONCE = 8
 """Deltas folded in one pass over the sum: more of them save little of its traffic, and cost memory."""
 _THREADS = min(4, os.cpu_count() or 1)
 """Memory is the limit, and a few cores reach it."""
 
-Use = Callable[[slice, np.ndarray, np.ndarray], None]
+Use = Callable[[slice, torch.Tensor, torch.Tensor], None]
 """What becomes of a piece of the mean: where it is of the whole, the piece, in its place, and room for as many values.
 Called from several threads, for each piece once."""
 
 
 def weighted_mean(
     deltas: Mapping[str, Delta | Held], weights: Mapping[str, float], use: Use = lambda *piece: None
-) -> np.ndarray:
+) -> torch.Tensor:
     """sum_k w_k d_k over flat vectors of one length, folded in silo-name order: (n,) fp32, or what `use` made of it.
 
     >>> weighted_mean({"b": np.float32([4, 0]), "a": np.float32([0, 8])}, {"a": 0.25, "b": 0.75}).tolist()
@@ -38,41 +41,58 @@ def weighted_mean(
     assert left, "a round that nobody answered does not count"
     while left:
         some, left = left[:_AT_ONCE], left[_AT_ONCE:]
-        weighted = [(fetched(deltas[name]), np.float32(weights[name])) for name in some]
+        weighted = [(_readable(fetched(deltas[name])), float(np.float32(weights[name]))) for name in some]
         total = _folded(total, weighted, None if left else use)
         del weighted  # before the next are looked at
     assert total is not None
     return total
 
 
-def _folded(total: np.ndarray | None, weighted: Sequence[tuple[Delta, np.float32]], use: Use | None) -> np.ndarray:
+def _folded(
+    total: torch.Tensor | None, weighted: Sequence[tuple[torch.Tensor | Coded, float]], use: Use | None
+) -> torch.Tensor:
     """The sum with some more, in place."""
-    begun, sums = total is not None, np.empty(weighted[0][0].shape, np.float32) if total is None else total
+    begun, sums = total is not None, empty(weighted[0][0].shape) if total is None else total
 
     def fold(starts: range) -> None:
-        room = np.empty(PIECE, np.float32)
+        room = empty(PIECE)
         for start in starts:
             here = slice(start, min(start + PIECE, len(sums)))
-            piece, product = sums[here], room[: here.stop - start]
+            piece = sums[here]
             for number, (delta, weight) in enumerate(weighted):
-                part = delta.piece(here.start, here.stop) if isinstance(delta, Coded) else delta[here]
+                part = torch.from_numpy(delta.piece(start, here.stop)) if isinstance(delta, Coded) else delta[here]
                 if number or begun:
-                    piece += np.multiply(part, weight, out=product)
+                    piece.add_(part, alpha=weight)
                 else:
-                    np.multiply(part, weight, out=piece)
+                    torch.mul(part, weight, out=piece)
             if use is not None:
-                use(here, piece, product)
+                use(here, piece, room[: len(piece)])
 
     _share_out(range(0, len(sums), PIECE), fold)
     return sums
 
 
+def empty(shape: int | Sequence[int]) -> torch.Tensor:
+    """By numpy, which asks for memory in huge pages: torch's takes a coordinator's thread a page fault for 4 KiB."""
+    return torch.from_numpy(np.empty(shape, np.float32))
+
+
+def _readable(delta: Delta) -> torch.Tensor | Coded:
+    """Without a copy. Ray's arrays are only to be read, which torch warns of; nobody writes here."""
+    if isinstance(delta, Coded):
+        return delta
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.from_numpy(delta)
+
+
 def _share_out(starts: range, work: Callable[[range], None]) -> None:
     """Do it in threads, each on a stretch of its own."""
-    threads = min(_THREADS, len(starts) // 8)  # a thread for less costs more than it helps
+    threads = min(_THREADS, len(starts) // 2)  # a thread for less costs more than it helps
     if threads < 2:
         work(starts)
         return
     each = -(-len(starts) // threads)
-    with ThreadPoolExecutor(threads, thread_name_prefix="fold") as pool:
+    # Each of one core: torch would divide every piece once more.
+    with ThreadPoolExecutor(threads, "fold", initializer=torch.set_num_threads, initargs=(1,)) as pool:
         list(pool.map(work, (starts[first : first + each] for first in range(0, len(starts), each))))

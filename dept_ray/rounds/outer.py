@@ -22,8 +22,9 @@ import torch
 
 from dept_ray.codec import Coded, decoded, encode
 from dept_ray.config import Job
+from dept_ray.draws import checksum, fingerprint, fingerprint_of, pieces
 from dept_ray.messages import Delta, Held, SiloCard, SiloUpdate, fetched
-from dept_ray.rounds.fold import weighted_mean
+from dept_ray.rounds.fold import empty, weighted_mean
 from dept_ray.rounds.state import Move, RunState
 
 
@@ -42,14 +43,15 @@ def outer_step(job: Job, state: RunState, updates: Mapping[str, SiloUpdate], car
     outer, changed, move = job.outer, dict[str, Any](), dict[str, Coded]()
     if state.body is not None:
         deltas = {k: u.body for k, u in updates.items() if u.body is not None}
-        theta, changed["body_momentum"] = body_step(
+        theta, changed["body_momentum"], seen = body_step(
             deltas, weights, state.body, state.body_momentum, outer.eta, outer.mu
         )
         if job.wire.codec != "fp32":
             theta, changed["body_residual"], move["body"] = as_sent(
                 job.wire.codec, state.body, theta, state.body_residual
             )
-        changed["body"] = theta
+            seen = fingerprint_of(theta.numpy())
+        changed |= {"body": theta, "fingerprint": seen}
     if state.rows is not None:
         owners = {k: cards[k].rows_of(len(state.rows)) for k in updates}
         deltas = {k: u.rows for k, u in updates.items() if u.rows is not None}
@@ -171,7 +173,7 @@ def nesterov(
 def body_step(
     deltas: Mapping[str, Delta | Held], weights: Mapping[str, float], theta: torch.Tensor, m: torch.Tensor | None,
     eta: float, mu: float,
-) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor | None, str]:  # fmt: skip
     """Equations (1), (2) and (4) on the body in one pass over memory: `nesterov`, to the bit, with g = -mean.
 
     Args:
@@ -180,13 +182,12 @@ def body_step(
         theta, m: the body (n,), and its momentum where there is some.
 
     Returns:
-        New theta and m.
+        New theta and m, and theta's fingerprint.
     """
-    # By numpy, which asks for memory in huge pages: torch's takes a coordinator's thread a page fault for 4 KiB.
-    new_m = None if mu == 0 else torch.from_numpy(np.empty(theta.shape, np.float32))
+    new_m = None if mu == 0 else empty(theta.shape)
+    checksums = dict[int, list[str]]()
 
-    def step(here: slice, piece: np.ndarray, room: np.ndarray) -> None:
-        g = torch.from_numpy(piece)
+    def step(here: slice, g: torch.Tensor, room: torch.Tensor) -> None:
         torch.neg(g, out=g)
         move = g
         if new_m is not None:
@@ -195,11 +196,13 @@ def body_step(
                 momentum.copy_(g)
             else:
                 torch.mul(m[here], mu, out=momentum).add_(g)
-            move = torch.add(g, momentum, alpha=mu, out=torch.from_numpy(room))
-        torch.add(theta[here], move, alpha=-eta, out=g)
+            move = torch.add(g, momentum, alpha=mu, out=room)
+        made = torch.add(theta[here], move, alpha=-eta, out=g).numpy()
+        checksums[here.start] = [checksum(made[part]) for part in pieces(len(made))]
 
-    after = torch.from_numpy(weighted_mean(deltas, weights, step))
-    return after, m if mu == 0 else new_m
+    after = weighted_mean(deltas, weights, step)
+    seen = fingerprint(each for start in sorted(checksums) for each in checksums[start])
+    return after, m if mu == 0 else new_m, seen
 
 
 def _masked_nesterov(

@@ -82,6 +82,8 @@ class RunState:
     """Changes that were asked for and dealt with: made, or refused on record."""
     moves: tuple[Move, ...] = ()
     """The last rounds' steps as they travel. In memory only: after a resume silos get the whole vectors."""
+    fingerprint: str = ""
+    """Of the body, where it was taken as the body was made; in memory only."""
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from functools import cache, partial
 from typing import Any
 
 from dept_ray.config import Job
-from dept_ray.draws import checksum
+from dept_ray.draws import fingerprint_of
 from dept_ray.errors import DeptError, QuorumLost
 from dept_ray.messages import RoundOrder, SiloCard
 from dept_ray.metrics import Record
@@ -62,7 +62,6 @@ def train(job: Job, pool: SiloPool, store: RunStore, log: Log, control: Control)
             continue
         began = time.perf_counter()
         try:
-            state = with_newcomers(state, pool)
             state, attempts = _until_it_counts(job, state, pool, store, history, commit)
         except DeptError:
             commit()  # the round before stands, whatever became of this one
@@ -105,13 +104,15 @@ def _make_fact(
 def _until_it_counts(
     job: Job, state: RunState, pool: SiloPool, store: RunStore, history: Sequence[Record], commit: "Commit"
 ) -> tuple[RunState, list[Attempt]]:
-    """Order a round, again if need be, until a quorum answers; who failed is on the state's record.
+    """Order a round, again if need be, until a quorum answers; who came and who failed is on the state's record.
 
     The round before is committed while silos train.
     """
     what, reasons, attempts = "", dict[str, str](), list[Attempt]()
     for attempt in range(job.faults.attempts):
-        chosen = choose(job, members(state.silos, pool.ready()), state.round)
+        ready = pool.ready()
+        state = with_newcomers(state, ready, pool.cards)
+        chosen = choose(job, members(state.silos, ready), state.round)
         if not chosen:
             what = "has nobody left to train it"
             break
@@ -157,7 +158,7 @@ def orders_for(
         kept: of each round that is kept for good, the snapshots that it names, by silo.
         holds: the round whose shared vectors a silo has in memory, by silo.
     """
-    fingerprint = "" if state.body is None else checksum(state.body.numpy())
+    fingerprint = state.fingerprint or ("" if state.body is None else fingerprint_of(state.body.numpy()))
     held = {name: (holds or {}).get(name, -1) for name in silos}
     # One object for all who get the same: it is made, and put where silos read it, once.
     bodies = {round: shared_body(state, round) for round in set(held.values())}

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -40,6 +41,8 @@ from dept_ray.text.shards import Corpus, open_corpus
 from dept_ray.text.stream import Position, Read
 from dept_ray.text.tokenizer import Vocabulary
 
+Run = Callable[[Callable[[], Trained]], Trained]
+"""Calls what makes steps, in whatever thread."""
 NEVER = (-1, -1)
 """The round and attempt that nobody stops."""
 _UNUSED = 1e-9
@@ -73,7 +76,7 @@ class Silo:
         clock: seconds, for what is reported.
         start: how its other ranks are started, where it has some.
         rank: 0, which obeys orders; another one follows.
-        trains: called by the thread that is about to make steps.
+        run: calls what makes its steps.
 
     Raises:
         ShardError: its shards are missing or altered.
@@ -82,9 +85,9 @@ class Silo:
 
     def __init__(
         self, job: Job, spec: SiloSpec, read: Read | None = None, clock: Callable[[], float] = time.perf_counter,
-        start: Start = start_processes, rank: int = 0, trains: Callable[[], None] = lambda: None,
+        start: Start = start_processes, rank: int = 0, run: Run = lambda steps: steps(),
     ) -> None:  # fmt: skip
-        self.job, self.spec, self._clock, self._trains = job, spec, clock, trains
+        self.job, self.spec, self._clock, self._run = job, spec, clock, run
         hardware = choose_hardware(job, spec.threads, spec.gpu, spec.compile, spec.ranks)
         self.corpora = open_corpora(job, spec)
         self.vocabulary = vocabulary_of(spec, self.corpora)
@@ -161,8 +164,7 @@ class Silo:
             if ahead is None or not ahead.fits(order):
                 ahead = None
                 self._restore(order)
-            shared = self._wire.receive(order)
-            self._learner.vectors.take(shared)
+            shared = self._wire.receive(order, self._learner.vectors.take)
             if order.steps:
                 self._ranks.assemble()
         scores: dict[str, Score] = {}
@@ -297,8 +299,8 @@ class Silo:
                 trainee.compile()
                 self._say(doing, order)
             trainee.spread(team)
-            self._trains()
-            trained = train_steps(
+            steps = partial(
+                train_steps,
                 trainee.model,
                 trainee.loss_of,
                 trainee.optimizer,
@@ -322,6 +324,7 @@ class Silo:
                 team=team,
                 made=made,
             )
+            trained = self._run(steps)
             trainee.gather(team)
             return trained
 

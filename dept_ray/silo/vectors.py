@@ -3,11 +3,12 @@
 Which of them are shared, and which stay home, is for others to know. Moments are none of them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 
+from dept_ray.draws import checksum, fingerprint, pieces
 from dept_ray.errors import SiloError
 from dept_ray.silo.model import LanguageModel
 from dept_ray.silo.wire import Shared
@@ -36,23 +37,35 @@ class Vectors:
         """Some of them as they stand."""
         return {what: np.array(self.read(what)) for what in names}
 
-    def take(self, given: Shared) -> None:
+    def take(self, given: Shared) -> str:
         """Copy what is given into the model.
+
+        Returns:
+            The fingerprint of the body, looked at while it is in cache; empty where none was given.
 
         Raises:
             SiloError: it is another model's.
         """
+        seen = ""
         if "body" in given:
             if given["body"].shape != tuple(self.body.shape):
                 mine, other = len(self.body), given["body"].shape
                 raise SiloError(f"silo {self.silo}: ordered a body of {other}, mine has {mine} values")
-            _copy(self.body, given["body"])
+            seen = fingerprint(_copied(self.body, given["body"]))
         if "rows" in given:
             embedding = self.model.embedding
             size = len(embedding.tokens)
             _copy(embedding.tokens, given["rows"][:size])
             if embedding.positions is not None:
                 _copy(embedding.positions, given["rows"][size:])
+        return seen
+
+
+def _copied(target: torch.Tensor, source: np.ndarray) -> Iterator[str]:
+    """Copy a flat vector; the checksum of each piece."""
+    for here in pieces(len(source)):
+        _copy(target[here], source[here])
+        yield checksum(source[here])
 
 
 def _copy(target: torch.Tensor, source: np.ndarray) -> None:

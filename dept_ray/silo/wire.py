@@ -7,13 +7,12 @@ is sent, however many rounds later that is; it belongs to the silo's snapshot, s
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 
 from dept_ray.codec import Coded, Moves, encode
-from dept_ray.draws import checksum
 from dept_ray.errors import SiloError
 from dept_ray.messages import RoundOrder
 
@@ -47,8 +46,12 @@ class Wire:
         self.residual: dict[str, np.ndarray] = {}
         """By vector, what its last delta lacked; nothing under fp32."""
 
-    def receive(self, order: RoundOrder) -> Shared:
+    def receive(self, order: RoundOrder, take: Callable[[Shared], str]) -> Shared:
         """The shared vectors of an order, whole; only to be read.
+
+        Args:
+            order: what was sent.
+            take: puts them where they are trained; the fingerprint of the body that it took.
 
         Raises:
             SiloError: they arrived altered, or begin at a round that is not held.
@@ -64,7 +67,7 @@ class Wire:
                 whole[what] = self._held[what]
             else:  # an array on Ray is a view of its object store: held, it could never be freed
                 whole[what] = vector if order.codec == "fp32" else np.array(vector)
-        if "body" in whole and checksum(whole["body"]) != order.fingerprint:
+        if take(whole) != order.fingerprint:
             raise SiloError(f"silo {self.silo}: the body of round {order.round} arrived altered")
         if order.codec != "fp32":
             self._held, self.holds = whole, order.round

@@ -32,7 +32,7 @@ from ordeals import NEWCOMER, comparable, compare, newcomer, smallest
 from tiny import SOURCES, write_texts
 
 from dept_ray.config import Job
-from dept_ray.draws import checksum, generator
+from dept_ray.draws import fingerprint_of, generator
 from dept_ray.errors import QuorumLost, SiloError
 from dept_ray.messages import Change, RoundOrder, SiloUpdate
 from dept_ray.method_names import METHOD_NAMES
@@ -538,7 +538,7 @@ def test_all_silos_of_a_round_start_from_the_body_that_the_folder_holds(prepared
         told = {order.fingerprint for (at, _, _), order in pool.orders.items() if at == round}
         assert len(told) == 1
         if round:
-            assert told == {checksum(load_round(run_folder(job), round)[0].body.numpy())}
+            assert told == {fingerprint_of(load_round(run_folder(job), round)[0].body.numpy())}
 
 
 def test_two_hundred_rounds_leave_nothing_behind(prepared, tmp_path):

@@ -10,8 +10,10 @@ import pytest
 import torch
 from tiny import a_card, an_answer
 
+from dept_ray import draws
 from dept_ray.codec import decoded, encode
 from dept_ray.config import Job
+from dept_ray.draws import fingerprint_of
 from dept_ray.jobfile import parse_job
 from dept_ray.messages import Held
 from dept_ray.rounds import fold
@@ -70,10 +72,10 @@ def test_the_outer_step_is_torch_s_nesterov_bit_for_bit(eta, mu):
     for round in range(5):
         answers = {name: an_answer(name, 100 * (i + 1), draw(N, 1, round, i)) for i, name in enumerate(SILOS)}
         state = outer_step(job, state, answers, CARDS)
-        mean = np.zeros(N, np.float32)
+        mean = torch.zeros(N)
         for i, name in enumerate(SILOS):
-            mean += answers[name].body * np.float32((i + 1) / 6)
-        theta.grad = -torch.from_numpy(mean)
+            mean.add_(torch.from_numpy(answers[name].body), alpha=(i + 1) / 6)
+        theta.grad = -mean
         sgd.step()
         assert torch.equal(state.body, theta.detach())
         if mu:
@@ -118,21 +120,23 @@ def test_a_source_s_weight_multiplies_its_tokens():
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("codec", ["fp32", "int4"])
 def test_a_body_longer_than_what_is_folded_at_a_time_makes_the_whole_step(codec, threads, monkeypatch):
+    monkeypatch.setattr(draws, "PIECE", 32)
     monkeypatch.setattr(fold, "PIECE", 64)
     monkeypatch.setattr(fold, "_THREADS", threads)
     draw, size = np.random.default_rng(0), 40 * 64 + 7
     vectors = {name: draw.standard_normal(size).astype(np.float32) for name in "cabdefghij"}
     deltas = {name: v if codec == "fp32" else encode(v, codec)[0] for name, v in vectors.items()}
     weights = {name: 1 / (number + 2) for number, name in enumerate(vectors)}
-    expected = np.zeros(size, np.float32)
+    expected = torch.zeros(size)
     for name in sorted(deltas):
-        expected += decoded(deltas[name]) * np.float32(weights[name])
-    np.testing.assert_array_equal(fold.weighted_mean(deltas, weights), expected)
+        expected.add_(torch.from_numpy(decoded(deltas[name])), alpha=weights[name])
+    assert torch.equal(fold.weighted_mean(deltas, weights), expected)
     theta, m = torch.randn(size), torch.randn(size)
     for momentum in (m, None):
-        step = body_step(deltas, weights, theta, momentum, eta=0.7, mu=0.9)
-        for made, whole in zip(step, nesterov(theta, -torch.from_numpy(expected), momentum, 0.7, 0.9), strict=True):
+        *step, seen = body_step(deltas, weights, theta, momentum, eta=0.7, mu=0.9)
+        for made, whole in zip(step, nesterov(theta, -expected, momentum, 0.7, 0.9), strict=True):
             assert torch.equal(made, whole)
+        assert seen == fingerprint_of(step[0].numpy())
 
 
 def test_of_a_thousand_silos_eight_deltas_are_in_memory():

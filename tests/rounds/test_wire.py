@@ -180,15 +180,16 @@ def test_told_to_go_on_from_what_it_does_not_hold_a_silo_refuses_and_then_takes_
     _, _, pool = run(job)
     name, order = "latin", pool.orders[-1]
     silo, body = pool.silos[name], pool.held[-1][name]["body"]
+    take = silo._learner.vectors.take
     assert silo.status.holds == 2
     with pytest.raises(SiloError, match="told to go on from round 1, it holds 2"):
-        silo._wire.receive(replace(order, body=Moves(body.shape, 1, ())))
+        silo._wire.receive(replace(order, body=Moves(body.shape, 1, ())), take)
     assert silo._wire.holds == -1
-    whole = silo._wire.receive(replace(order, body=body))
+    whole = silo._wire.receive(replace(order, body=body), take)
     assert silo._wire.holds == order.round
     assert np.array_equal(whole["body"], body)
     with pytest.raises(SiloError, match="arrived altered"):
-        silo._wire.receive(replace(order, body=body + 1))
+        silo._wire.receive(replace(order, body=body + 1), take)
     assert silo._wire.holds == -1
 
 

@@ -12,7 +12,7 @@ from test_silo import assert_same, first_order, stop_before_batch
 
 from dept_ray.codec import decoded
 from dept_ray.config import Job
-from dept_ray.draws import checksum
+from dept_ray.draws import fingerprint_of
 from dept_ray.errors import ConfigError, ShardError
 from dept_ray.messages import RoundOrder, SiloUpdate
 from dept_ray.rounds.pool import specs_of
@@ -49,7 +49,7 @@ def next_order(silo: Silo, order: RoundOrder, update: SiloUpdate, **change: Any)
     body = moved(order.body)
     values = {
         "round": order.round + 1, "first_step": order.first_step + order.steps, "after": update.snapshot,
-        "position": update.position, "body": body, "rows": moved(order.rows), "fingerprint": checksum(body),
+        "position": update.position, "body": body, "rows": moved(order.rows), "fingerprint": fingerprint_of(body),
         "ahead": silo.job.inner.ahead_steps,
     }  # fmt: skip
     return dataclasses.replace(order, **values | change)
@@ -110,7 +110,9 @@ def test_the_steps_ahead_go_from_where_the_silo_stood_and_are_laid_onto_the_new_
     assert update.body is not None
     assert update.rows is not None
     body, rows = order.body + update.body, order.rows + update.rows
-    untold = alone.obey(next_order(alone, order, update, body=body, rows=rows, fingerprint=checksum(body), ahead=0))
+    untold = alone.obey(
+        next_order(alone, order, update, body=body, rows=rows, fingerprint=fingerprint_of(body), ahead=0)
+    )
     for mine, other in ((told.body, untold.body), (told.rows, untold.rows)):  # to what AdamW makes of the last bit
         assert np.linalg.norm(mine - other) < 1e-3 * np.linalg.norm(other)
     assert told.loss == pytest.approx(untold.loss, rel=1e-6)

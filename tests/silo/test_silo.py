@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dept_ray.config import Job
-from dept_ray.draws import checksum
+from dept_ray.draws import fingerprint_of
 from dept_ray.errors import ShardError, SiloError, StoreError
 from dept_ray.messages import RoundOrder, SiloUpdate
 from dept_ray.method_names import METHOD_NAMES
@@ -50,7 +50,8 @@ def next_order(order: RoundOrder, update: SiloUpdate, **change: Any) -> RoundOrd
     rows = None if order.rows is None or update.rows is None else order.rows + update.rows
     return dataclasses.replace(
         order, round=order.round + 1, first_step=order.first_step + order.steps, after=update.snapshot,
-        position=update.position, body=body, rows=rows, fingerprint="" if body is None else checksum(body), **change,
+        position=update.position, body=body, rows=rows,
+        fingerprint="" if body is None else fingerprint_of(body), **change,
     )  # fmt: skip
 
 
@@ -167,7 +168,7 @@ def test_a_body_of_another_model_is_refused(tiny, open_silo):
     silo = open_silo(job)
     short = np.zeros(10, np.float32)
     with pytest.raises(SiloError, match=rf"ordered a body of \(10,\), mine has {len(silo.body)} values"):
-        silo.obey(first_order(job, silo, body=short, fingerprint=checksum(short)))
+        silo.obey(first_order(job, silo, body=short, fingerprint=fingerprint_of(short)))
 
 
 def test_an_order_s_arrays_are_only_read(tiny, open_silo):
