@@ -75,22 +75,24 @@ class SiloActor:
 
         A silo that is made anew imports and compiles for 4 s, of a core that it would share with all who train; one
         that takes up its order shares it with those who have. On Linux each thread has a priority of its own, which
-        nobody can take back; Ray gives its workers 15. Not in the first round, in which all may be starting.
+        nobody can take back; Ray gives its workers 15. Not in the first round, in which all may be starting; nor with
+        several threads: those of two who divide their work are more than there are cores, and OpenMP lets them sleep.
         """
         self._rounds += 1
-        if self._rounds == 1 or self.spec.gpu or self.spec.ranks > 1 or sys.platform != "linux":
+        alone = self.spec.threads == self.spec.ranks == 1 and not self.spec.gpu
+        if self._rounds == 1 or not alone or sys.platform != "linux":
             return steps()
         return self._last.submit(steps).result()
 
     @cached_property
     def _last(self) -> ThreadPoolExecutor:
-        """One thread of the lowest priority, as are those that it divides its work among."""
+        """One thread of the lowest priority."""
 
         def begin() -> None:
             import torch
 
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LAST)
-            torch.set_num_threads(self.spec.threads)
+            torch.set_num_threads(1)
 
         return ThreadPoolExecutor(1, "steps", initializer=begin)
 
