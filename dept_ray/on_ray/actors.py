@@ -31,7 +31,7 @@ from dept_ray.on_ray.prometheus import PrometheusSink, SiloGauges
 from dept_ray.rounds.control import Control
 from dept_ray.rounds.folder import run_folder
 from dept_ray.rounds.store import RunStore
-from dept_ray.silo.memory import keep_freed_memory
+from dept_ray.silo.memory import keep_freed_memory, loading
 
 if TYPE_CHECKING:
     from dept_ray.on_ray.streaming import RayReader
@@ -64,7 +64,7 @@ class SiloActor:
         self.gauges = SiloGauges(self.job.name, spec.silo)
 
     def card(self) -> SiloCard:
-        with self._discreet():
+        with self._discreet(), loading():
             self.silo = self.make(
                 self.job, self.spec, read=lambda source, blocks: self._reader(source, blocks), run=self._behind_others
             )
@@ -157,8 +157,9 @@ class CoordinatorActor:
     """
 
     def __init__(self, job: str, cores: int, leave: bool = False) -> None:
-        from dept_ray.on_ray.pool import RayPool
-        from dept_ray.rounds.mailbox import MailboxPool
+        with loading():
+            from dept_ray.on_ray.pool import RayPool
+            from dept_ray.rounds.mailbox import MailboxPool
 
         keep_freed_memory()
         self.job, self.leave = Job.model_validate_json(job), leave

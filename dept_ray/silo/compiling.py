@@ -9,6 +9,7 @@ vocabularies.
 Four silos that share two cores would all compile the same thing. So one does, and the others find it on disk.
 """
 
+import ctypes
 import fcntl
 import os
 import tempfile
@@ -48,6 +49,7 @@ def compile_now(loss_of: LossOf, tensors: Sequence[torch.Tensor], batch: tuple[i
     """
     device = tensors[0].device
     ids = torch.zeros(batch, dtype=torch.int64, device=device)
+    load_in_this_process()
     with one_before_the_others(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=OF_THE_COMPILER)
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
@@ -55,6 +57,24 @@ def compile_now(loss_of: LossOf, tensors: Sequence[torch.Tensor], batch: tuple[i
     for tensor in tensors:
         if tensor.grad is not None:
             tensor.grad.zero_()
+
+
+def load_in_this_process() -> None:
+    """How torch's compiler finds out whether what it builds for a kind of vector unit can be loaded.
+
+    It asks a new Python each time, a second of CPU in all before what is on disk is looked at. Here torch's libraries,
+    which are the slow part, are loaded.
+    """
+    from torch._inductor.cpu_vec_isa import VecISA
+
+    def loads(self: VecISA, output_path: str) -> bool:
+        try:
+            ctypes.CDLL(output_path)
+        except OSError:
+            return False
+        return True
+
+    VecISA._probe_load = loads
 
 
 @contextmanager
