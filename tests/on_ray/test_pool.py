@@ -2,8 +2,10 @@
 
 import os
 import signal
+import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -345,3 +347,43 @@ def test_a_newcomer_that_was_being_prepared_when_the_coordinator_died_still_join
     finally:
         pool.close()
     assert pool.failed() == {}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux")
+def test_from_the_second_round_on_steps_let_others_go_first(tiny: Make) -> None:
+    """And nothing else that a silo does: what it takes up and hands in is waited for."""
+    from dept_ray.on_ray.pool import RayPool
+
+    job = tiny("spec", rounds={"total": 3, "score_every": 0})
+    notes = Path(job.folder) / "notes"
+
+    def make(*args: Any, **named: Any) -> Silo:
+        silo = Silo(*args, **named)
+        batches, obey = silo.stream.batches, silo.obey
+
+        def note(what: str) -> None:
+            nice = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+            with notes.open("a") as file:
+                file.write(f"{what} {nice} {torch.get_num_threads()}\n")
+
+        def noted(position: Any, steps: int) -> Iterator[np.ndarray]:
+            yield from (batch for batch in batches(position, steps) if note("step") is None)
+
+        def noted_too(order: RoundOrder) -> SiloUpdate:
+            note("order")
+            try:
+                return obey(order)
+            finally:
+                note("answer")
+
+        silo.stream.batches, silo.obey = noted, noted_too
+        return silo
+
+    run_through(job, RayPool(make=make))
+    seen = [line.split() for line in notes.read_text().splitlines()]
+    usual = {nice for what, nice, _ in seen if what != "step"}
+    assert len(usual) == 1
+    assert {nice for what, nice, _ in seen if what == "step"} == {*usual, "19"}
+    first, later = 3 * job.inner.local_steps, 2 * 3 * job.inner.local_steps
+    assert Counter(nice for what, nice, _ in seen if what == "step") == {min(usual): first, "19": later}
+    assert {threads for *_, threads in seen} == {"1"}
