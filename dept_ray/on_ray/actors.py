@@ -31,12 +31,11 @@ from dept_ray.on_ray.prometheus import PrometheusSink, SiloGauges
 from dept_ray.rounds.control import Control
 from dept_ray.rounds.folder import run_folder
 from dept_ray.rounds.store import RunStore
-from dept_ray.silo.memory import keep_freed_memory, loading
+from dept_ray.silo.memory import give_back, keep_freed_memory, loading
 
 if TYPE_CHECKING:
     from dept_ray.on_ray.streaming import RayReader
     from dept_ray.rounds.pool import MakeSilo
-    from dept_ray.silo.inner import Trained
     from dept_ray.silo.silo import Silo
 
 PREDECESSOR_S = 60.0
@@ -59,8 +58,8 @@ class SiloActor:
         self.job, self.spec, self.make = Job.model_validate_json(job), spec, make
         self.node = ray.get_runtime_context().get_node_id()
         self.silo: Silo | None = None
-        self._rounds = 0
-        """That it has trained in, this one included."""
+        self._orders = 0
+        """That it has obeyed, this one included."""
         self.gauges = SiloGauges(self.job.name, spec.silo)
 
     def card(self) -> SiloCard:
@@ -70,19 +69,18 @@ class SiloActor:
             )
             return self.silo.card()
 
-    def _behind_others(self, steps: "Callable[[], Trained]") -> "Trained":
-        """Make steps, and let first whoever starts, reads, takes up an order or makes the outer step.
+    def _behind_others(self, compute: Callable[[], Any]) -> Any:
+        """Make steps, or scores, and let first whoever starts, reads, takes up an order or makes the outer step.
 
         A silo that is made anew imports and compiles for 4 s, of a core that it would share with all who train; one
         that takes up its order shares it with those who have. On Linux each thread has a priority of its own, which
-        nobody can take back; Ray gives its workers 15. Not in the first round, in which all may be starting; nor with
+        nobody can take back; Ray gives its workers 15. Not for the first order, when all may be starting; nor with
         several threads: those of two who divide their work are more than there are cores, and OpenMP lets them sleep.
         """
-        self._rounds += 1
         alone = self.spec.threads == self.spec.ranks == 1 and not self.spec.gpu
-        if self._rounds == 1 or not alone or sys.platform != "linux":
-            return steps()
-        return self._last.submit(steps).result()
+        if self._orders == 1 or not alone or sys.platform != "linux":
+            return compute()
+        return self._last.submit(compute).result()
 
     @cached_property
     def _last(self) -> ThreadPoolExecutor:
@@ -93,8 +91,9 @@ class SiloActor:
 
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LAST)
             torch.set_num_threads(1)
+            give_back()
 
-        return ThreadPoolExecutor(1, "steps", initializer=begin)
+        return ThreadPoolExecutor(1, "computes", initializer=begin)
 
     @cached_property
     def _reader(self) -> "RayReader":
@@ -109,6 +108,7 @@ class SiloActor:
         self, order: RoundOrder, body: np.ndarray | Moves | None, rows: np.ndarray | Moves | None
     ) -> tuple[SiloUpdate, Delta | None, Delta | None]:
         assert self.silo is not None, "ordered before it was asked for its card"
+        self._orders += 1
         with self._discreet():
             update = self.silo.obey(replace(order, body=body, rows=rows))
         return update.without_arrays(), update.delta("body"), update.delta("rows")

@@ -28,6 +28,16 @@ def keep_freed_memory(one_arena: bool = True) -> None:
             mallopt(_ARENA_MAX, 1)
 
 
+def give_back() -> None:
+    """What is kept for next ones that will not come: a thread may take its blocks from elsewhere than the one before.
+
+    Where the C library is not glibc it does nothing.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 @contextmanager
 def loading() -> Iterator[None]:
     """While a process of our own loads what it will need until its end, which is no garbage, now or later.

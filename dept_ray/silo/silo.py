@@ -41,8 +41,8 @@ from dept_ray.text.shards import Corpus, open_corpus
 from dept_ray.text.stream import Position, Read
 from dept_ray.text.tokenizer import Vocabulary
 
-Run = Callable[[Callable[[], Trained]], Trained]
-"""Calls what makes steps, in whatever thread."""
+Run = Callable[[Callable[[], Any]], Any]
+"""Calls what computes, in whatever thread."""
 NEVER = (-1, -1)
 """The round and attempt that nobody stops."""
 _UNUSED = 1e-9
@@ -76,7 +76,7 @@ class Silo:
         clock: seconds, for what is reported.
         start: how its other ranks are started, where it has some.
         rank: 0, which obeys orders; another one follows.
-        run: calls what makes its steps.
+        run: calls what makes its steps, or scores.
 
     Raises:
         ShardError: its shards are missing or altered.
@@ -85,7 +85,7 @@ class Silo:
 
     def __init__(
         self, job: Job, spec: SiloSpec, read: Read | None = None, clock: Callable[[], float] = time.perf_counter,
-        start: Start = start_processes, rank: int = 0, run: Run = lambda steps: steps(),
+        start: Start = start_processes, rank: int = 0, run: Run = lambda compute: compute(),
     ) -> None:  # fmt: skip
         self.job, self.spec, self._clock, self._run = job, spec, clock, run
         hardware = choose_hardware(job, spec.threads, spec.gpu, spec.compile, spec.ranks)
@@ -171,7 +171,7 @@ class Silo:
         if order.score:
             self._say("scoring", order)
             with self._timed("score", seconds):
-                scores = self.score()
+                scores = self._run(self.score)
         if order.steps == 0:
             self._say("waiting", order)
             return self._answer(order, NOTHING, None, order.position, scores, seconds)
@@ -324,7 +324,7 @@ class Silo:
                 team=team,
                 made=made,
             )
-            trained = self._run(steps)
+            trained: Trained = self._run(steps)
             trainee.gather(team)
             return trained
 
