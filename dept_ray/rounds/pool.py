@@ -30,7 +30,7 @@ ANY_ATTEMPT = 1 << 30
 """Above the number of any: a round is handed in whichever of its attempts is in progress."""
 
 MakeSilo = Callable[..., Silo]
-"""`Silo`, or what stands in for it: called with (job, spec) and, on Ray, `read`."""
+"""`Silo`, or what stands in for it: called with (job, spec) and, on Ray, `read` and `run`."""
 
 
 def fence_of(orders: Mapping[str, RoundOrder]) -> tuple[int, int]:

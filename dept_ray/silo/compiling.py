@@ -63,9 +63,12 @@ def load_in_this_process() -> None:
     """How torch's compiler finds out whether what it builds for a kind of vector unit can be loaded.
 
     It asks a new Python each time, a second of CPU in all before what is on disk is looked at. Here torch's libraries,
-    which are the slow part, are loaded.
+    which are the slow part, are loaded. (A private name of theirs: where it is another one, they ask.)
     """
-    from torch._inductor.cpu_vec_isa import VecISA
+    try:
+        from torch._inductor.cpu_vec_isa import VecISA
+    except ImportError:
+        return
 
     def loads(self: VecISA, output_path: str) -> bool:
         try:
