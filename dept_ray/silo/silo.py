@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dept_ray.codec import finite_norm
 from dept_ray.config import Job
 from dept_ray.messages import RoundOrder, Score, SiloCard, SiloSpec, SiloStatus, SiloUpdate
 from dept_ray.silo.ahead import Ahead, expected_order, rebased
@@ -35,7 +36,7 @@ from dept_ray.silo.score import score_corpus, score_text
 from dept_ray.silo.snapshot import load_snapshot, prune_snapshots, save_snapshot, silo_folder, snapshot_name
 from dept_ray.silo.team import ALONE, Team
 from dept_ray.silo.trainee import Trainees
-from dept_ray.silo.wire import Shared, Wire, norm_of
+from dept_ray.silo.wire import Shared, Wire
 from dept_ray.text.prepare import corpus_folder, tokenizer_kind
 from dept_ray.text.shards import Corpus, open_corpus
 from dept_ray.text.stream import Position, Read
@@ -186,7 +187,7 @@ class Silo:
         self._say("saving", order)
         with self._timed("code", seconds):
             deltas = {what: self._learner.vectors.read(what) - vector for what, vector in shared.items()}  # equation 1
-            norm = norm_of(deltas["body"]) if "body" in deltas else 0.0
+            norm = finite_norm(deltas["body"]) if "body" in deltas else 0.0
             sent = self._wire.send(order.codec, deltas)
         with self._timed("save", seconds):
             snapshot = self._save(order, position, shared)

@@ -6,7 +6,6 @@ not hold what the steps begin at gets the whole vectors. What rounding took from
 is sent, however many rounds later that is; it belongs to the silo's snapshot, so that a lost attempt leaves no trace.
 """
 
-import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -18,17 +17,6 @@ from dept_ray.messages import RoundOrder
 
 Shared = dict[str, np.ndarray]
 """body: (n,) fp32; rows: (V_k + L, D) fp32; whichever of them the method shares."""
-_PIECE = 1 << 20
-
-
-def norm_of(vector: np.ndarray) -> float:
-    """L2 norm of a flat vector, summed in float64 a piece at a time: a copy of it all would cost more than the sum.
-
-    >>> norm_of(np.float32([3, 4]))
-    5.0
-    """
-    pieces = (vector[start : start + _PIECE] for start in range(0, len(vector), _PIECE))
-    return math.sqrt(sum(float(np.square(piece, dtype=np.float64).sum()) for piece in pieces))
 
 
 class Wire:
