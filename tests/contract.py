@@ -1,6 +1,6 @@
 """What every `SiloPool` owes: the same truths for silos in this process and for actors that really die.
 
-A test module that has a fixture `harness` runs these by inheriting `PoolContract` (tests/rounds/test_pool.py,
+A test module that has a fixture `harness` runs these by inheriting `PoolContract` (tests/rounds/test_local_pool.py,
 tests/on_ray/test_contract.py).
 """
 
@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from faults import Ordeal, relive
 from faulty_silo import FAULTS, Moment, reads_of
+from lives import Ordeal, relive
 from ordeals import NEWCOMER, compare, newcomer, smallest
 
 from dept_ray.config import Job

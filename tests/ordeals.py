@@ -1,4 +1,4 @@
-"""The smallest job there is, and what must be equal in a run that suffered and in its reference run."""
+"""The smallest job there is, and what must be equal in a run that suffered or stopped and in its reference run."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from faults import Ordeal, TracedPool
+from faults import TracedPool
+from lives import Ordeal
 from tiny import ready_job, write_texts
 
 from dept_ray.config import Job
@@ -136,3 +137,12 @@ def comparable(records: list[dict[str, Any]]) -> list[Any]:
             line["silos"] = {n: {k: v for k, v in s.items() if k not in cost} for n, s in record["silos"].items()}
         kept.append(line)
     return kept
+
+
+def timeless(value: Any) -> Any:
+    """A record without clock readings."""
+    if isinstance(value, list):
+        return [timeless(item) for item in value]
+    if isinstance(value, dict):
+        return {key: timeless(item) for key, item in value.items() if key not in ("time", "seconds")}
+    return value

@@ -16,7 +16,7 @@ CAUGHT_BY = {
         "rounds/test_outer.py::test_the_outer_step_is_torch_s_nesterov_bit_for_bit",
     ),
     "participants that start a round from different bodies": (
-        "rounds/test_faults.py::test_all_silos_of_a_round_start_from_the_body_that_the_folder_holds",
+        "rounds/test_joining.py::test_all_silos_of_a_round_start_from_the_body_that_the_folder_holds",
         "silo/test_silo.py::test_an_altered_body_is_refused",
     ),
     "a mean over those who were asked instead of those who answered": (
@@ -36,14 +36,14 @@ CAUGHT_BY = {
         "on_ray/test_coordinator.py::test_killed_at_each_step_of_a_commit_it_comes_back_by_itself",
     ),
     "a newcomer with another learning rate, step or body": (
-        "rounds/test_faults.py::test_a_newcomer_stands_where_a_veteran_stands",
+        "rounds/test_joining.py::test_a_newcomer_stands_where_a_veteran_stands",
     ),
     "vectors cut at the size of a bucket": (
         "rounds/test_outer.py::test_a_body_longer_than_what_is_folded_at_a_time_makes_the_whole_step",
         "contract.py::test_resume_is_exact_though_a_silo_joined_and_another_left_between_the_halves",
     ),
     "text that is read twice or left out after a restart": (
-        "rounds/test_faults.py::test_what_was_lost_had_simply_not_been_chosen",
+        "rounds/test_random_ordeals.py::test_what_was_lost_had_simply_not_been_chosen",
         "contract.py::test_what_was_lost_had_simply_not_been_chosen",
     ),
     "a local phase longer than a health check, taken for a death": (

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from dying import STEPS, coordinator_that_dies
-from faults import Ordeal, relive
 from faulty_silo import reads_of
+from lives import Ordeal, relive
 from nodes import until
 from ordeals import compare, lost_of, smallest
 from rich.console import Console

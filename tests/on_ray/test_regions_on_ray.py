@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import relive
 from head import REPOSITORY, below
+from lives import relive
 from nodes import until
 from ordeals import lost_of, same_ledger, same_state, smallest
 from proxy import through

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from faults import relive
+from lives import relive
 from nodes import Nodes, cluster_of
 from ordeals import compare, smallest
 from rich.console import Console

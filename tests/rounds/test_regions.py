@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from contract import Harness, endure_once
-from faults import relive
 from faulty_silo import FaultySilo
+from lives import relive
 from ordeals import compare, lost_of, smallest
 from test_local_pool import MortalPool
 from test_privacy import Finished, Tapped, secrets_of

@@ -1,11 +1,9 @@
-"""The whole loop on a tiny real job: the seven methods train, a killed run goes on as if nothing had happened, and what
-is private stays home."""
+"""The whole loop on a tiny real job: the seven methods train, what is private stays home, and rates, draws and scores
+follow the rounds. Stopped and gone on with: test_resume."""
 
 import dataclasses
 import functools
-import json
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,19 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lives import run
+from ordeals import timeless
 from safetensors.torch import load_file
 from tiny import SOURCES, ready_job, write_texts
 
 from dept_ray.config import Job
 from dept_ray.messages import RoundOrder, SiloUpdate
 from dept_ray.method_names import METHOD_NAMES
-from dept_ray.metrics import JsonLines, Log, read_records
-from dept_ray.rounds.control import Control
 from dept_ray.rounds.methods import METHODS
 from dept_ray.rounds.pool import Deadline, LocalPool, Meanwhile, nothing
 from dept_ray.rounds.state import RunState, fresh_state
-from dept_ray.rounds.store import RunStore
-from dept_ray.rounds.train import train
 from dept_ray.silo.inner import cosine
 from dept_ray.silo.snapshot import silo_folder
 
@@ -46,23 +42,6 @@ class RecordingPool(LocalPool):
         answers = super().run_round(orders, deadline, meanwhile)
         self.updates += [answer for answer in answers.values() if isinstance(answer, SiloUpdate)]
         return answers
-
-
-def run(
-    job: Job, stop_after: int | None = None, pool: LocalPool | None = None
-) -> tuple[RunState, list[dict[str, Any]]]:
-    """Train with a new pool and a new store, as a new process would; the records on disk."""
-    store, control, pool = RunStore(job), Control(), pool or LocalPool()
-
-    def stop(record: dict[str, Any]) -> None:
-        if record["round"] == stop_after:
-            control.stop()
-
-    try:
-        state = train(job, pool, store, Log(JsonLines(store.metrics), stop), control)
-    finally:
-        pool.close()
-    return state, read_records(store.metrics)
 
 
 @dataclass
@@ -163,108 +142,6 @@ def test_optimizer_state_kept_or_reset_are_different_runs(tiny):
     keep, _ = run(tiny("spec", at="keep", inner={"optimizer_state": "keep"}))
     reset, _ = run(tiny("spec", at="reset"))
     assert not torch.equal(keep.body, reset.body)
-
-
-# ------------------------------------------------------------------------------------------------ killed and resumed
-
-OUTER = {"preset": "nesterov", "rows_lr": 0.9, "rows_momentum": 0.5}
-TWO_OF_THREE = {"rounds": {"total": 4, "choose": 2}}
-KEPT = {"inner": {"optimizer_state": "keep"}, "outer": OUTER}
-RESUMES = [
-    *(pytest.param(name, {}, id=name) for name in METHOD_NAMES),
-    *(pytest.param(name, TWO_OF_THREE, id=f"{name}, 2 of 3 silos") for name in ("trim", "isolated")),
-    *(
-        pytest.param(name, TWO_OF_THREE | KEPT, id=f"{name}, 2 of 3 silos, moments kept, nesterov")
-        for name in METHOD_NAMES
-        if METHODS[name].share_body
-    ),
-    pytest.param("spec", {"model": {"arch": "llama"}, "inner": {"precision": "bf16"}}, id="spec, llama, bf16"),
-]
-
-
-@pytest.mark.parametrize(("method", "overrides"), RESUMES)
-def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tiny, method, overrides):
-    rounds = {"total": 2, **overrides.get("rounds", {})}
-    changed = {**overrides, "inner": {"local_steps": 2, **overrides.get("inner", {})}, "rounds": rounds}
-    whole, halves = tiny(method, at="whole", **changed), tiny(method, at="halves", **changed)
-    state, records = run(whole)
-    half, half_records = run(halves, stop_after=rounds["total"] // 2)
-    assert [record["event"] for record in half_records] == ["round"] * half.round == ["round"] * (rounds["total"] // 2)
-    resumed, resumed_records = run(halves)
-    assert resumed.silos == state.silos
-    assert sorted(resumed.tensors) == sorted(state.tensors)
-    assert all(torch.equal(resumed.tensors[name], tensor) for name, tensor in state.tensors.items())
-    assert timeless(resumed_records) == timeless(records)
-    assert files_of(halves) == files_of(whole)
-
-
-def timeless(value: Any) -> Any:
-    """A record without clock readings."""
-    if isinstance(value, list):
-        return [timeless(item) for item in value]
-    if isinstance(value, dict):
-        return {key: timeless(item) for key, item in value.items() if key not in ("time", "seconds")}
-    return value
-
-
-def files_of(job: Job) -> dict[str, Any]:
-    """All that a run keeps of rounds and silos: bytes, and manifests without clock readings."""
-    folder, found = Path(job.folder), {}
-    for path in sorted([*folder.glob("silos/**/*"), *folder.glob("runs/*/rounds/**/*")]):
-        if path.is_file():
-            manifest = path.name == "manifest.json"
-            found[str(path.relative_to(folder))] = (
-                timeless(json.loads(path.read_text())) if manifest else path.read_bytes()
-            )
-    assert any("silos/" in name for name in found)
-    return found
-
-
-def test_a_run_killed_between_a_silo_s_snapshot_and_the_manifest_makes_the_round_again(tiny):
-    """The silos ran ahead of the fact: they go back to the snapshots that the manifest names."""
-
-    class Killed(Exception):
-        pass
-
-    class KilledPool(LocalPool):
-        def run_round(
-            self, orders: Mapping[str, RoundOrder], deadline: Deadline, meanwhile: Meanwhile = nothing
-        ) -> dict[str, SiloUpdate | Exception]:
-            answers = super().run_round(orders, deadline, meanwhile)
-            if next(iter(orders.values())).round == 1:
-                raise Killed
-            return answers
-
-    inner = {"optimizer_state": "keep"}
-    whole, halves = tiny("spec", at="whole", inner=inner), tiny("spec", at="halves", inner=inner)
-    state, records = run(whole)
-    with pytest.raises(Killed):
-        run(halves, pool=KilledPool())
-    resumed, resumed_records = run(halves)
-    assert torch.equal(resumed.body, state.body)
-    assert timeless(resumed_records) == timeless(records)
-    assert files_of(halves) == files_of(whole)
-
-
-@pytest.mark.parametrize("method", ["spec", "std"])
-def test_a_run_that_went_back_a_round_by_hand_makes_it_again(tiny, method):
-    state, records = run(job := tiny(method))
-    before = files_of(job)
-    shutil.rmtree(Path(job.folder) / "runs" / job.name / "rounds" / "000003")
-    resumed, resumed_records = run(job)
-    assert resumed.silos == state.silos
-    assert timeless(resumed_records) == timeless(records)
-    after = files_of(job)
-    assert all(after[name] == before[name] for name in after if "000003" in name or "000002-0-0" in name)
-
-
-def test_a_finished_run_only_scores_again(tiny):
-    job = tiny("spec")
-    _, records = run(job)
-    pool = RecordingPool()
-    _, again = run(job, pool=pool)
-    assert timeless(again) == timeless(records)
-    assert {order.steps for order in pool.orders} == {0}
 
 
 # ------------------------------------------------------------------------------------------------ what stays home

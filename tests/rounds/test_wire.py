@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from faults import Faults, endure, relive
+from faults import Faults
+from lives import endure, relive
 from ordeals import compare, smallest
 
 from dept_ray.codec import Moves, coded_bytes, encode

@@ -1,7 +1,7 @@
-"""Truths about preparing: once is enough, interrupted is the same as not, and nothing half-made ever counts."""
+"""Truths about preparing: corpora spell their documents and nothing else, samples are as large as asked for, and what
+cannot be had is named. Twice, and after a kill: test_prepare_again."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from itertools import pairwise
@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from two_sources import KINDS, SYLLABLES, corpora, files_of, fingerprints, make_job, write_texts
 
 from dept_ray.config import Job
-from dept_ray.draws import generator
 from dept_ray.errors import SourceError, VocabularyError
-from dept_ray.jobfile import parse_job
 from dept_ray.text import prepare as prepare_module
 from dept_ray.text import tasks
 from dept_ray.text.prepare import (
@@ -30,72 +29,7 @@ from dept_ray.text.shards import Corpus, Shards, open_corpus
 from dept_ray.text.sources import documents
 from dept_ray.text.tasks import Task, text_parts
 
-KINDS: tuple[TokenizerKind, ...] = ("own", "global")
-PART_BYTES = 4000
-SYLLABLES = {"de": "ba lor zü ne ß", "en": "th os qui ing er"}
-
-
-class Killed(BaseException):
-    """As if the process had ended."""
-
-
-def write_texts(folder: Path, count: int = 40, seed: int = 0) -> list[dict[str, Any]]:
-    """Two sources of made-up words, some 15 kB each, validation named."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tables = []
-    for name, syllables in SYLLABLES.items():
-        draw = generator("test", name, seed)
-        words = ["".join(draw.choice(syllables.split(), int(draw.integers(1, 4)))) for _ in range(400)]
-        texts = [f"{name} {i}: " + " ".join(draw.choice(words, 60)) for i in range(count + 4)]
-        for part, some in (
-            ("train", texts[:count]),
-            ("validation", [*texts[count:], f"only in validation: {name} \u2603"]),
-        ):
-            (folder / f"{name}-{part}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in some))
-        tables.append(
-            {
-                "name": name,
-                "kind": "files",
-                "paths": str(folder / f"{name}-train.jsonl"),
-                "validation_paths": str(folder / f"{name}-validation.jsonl"),
-            }
-        )
-    return tables
-
-
-@pytest.fixture(autouse=True)
-def many_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "PART_BYTES", PART_BYTES)
-    # Nothing here takes the power away, and 20 files a preparation wait for the disk ten times as long as they compute.
-    monkeypatch.setattr(os, "fsync", lambda file: None)
-
-
-@pytest.fixture
-def texts(tmp_path: Path) -> list[dict[str, Any]]:
-    return write_texts(tmp_path / "text")
-
-
-@pytest.fixture
-def job(texts: list[dict[str, Any]], tmp_path: Path) -> Job:
-    return make_job(texts, tmp_path / "job")
-
-
-def make_job(texts: list[dict[str, Any]], folder: Path, **tokenizer: Any) -> Job:
-    return parse_job(
-        {"name": "test", "folder": str(folder), "sources": texts, "tokenizer": {"vocab_size": 300, **tokenizer}}
-    )
-
-
-def corpora(job: Job, kind: TokenizerKind) -> dict[str, Corpus]:
-    return {source.name: open_corpus(corpus_folder(job, source.name, kind)) for source in job.sources}
-
-
-def fingerprints(job: Job, kind: TokenizerKind) -> dict[str, str]:
-    return {name: corpus.fingerprint for name, corpus in corpora(job, kind).items()}
-
-
-def files_of(folder: Path) -> dict[str, int]:
-    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+pytestmark = pytest.mark.usefixtures("many_small_parts")
 
 
 def texts_of(corpus: Corpus, shards: Shards) -> list[str]:
@@ -112,22 +46,6 @@ def texts_of(corpus: Corpus, shards: Shards) -> list[str]:
 
 def all_tokens(shards: Shards) -> np.ndarray:
     return np.concatenate([shards.map(i) for i in range(len(shards.files))])
-
-
-def killing(after: int, of: Callable[[Task], Any]) -> Callable[..., list[Any]]:
-    """A `run_all` in which the process ends when that many tasks of one stage are done."""
-
-    def run_all(work: Callable[[Task], Any], some: list[Task], done: Callable[[int], None]) -> list[Any]:
-        if work is not of:
-            return run_here(work, some, done)
-        run_here(work, some[:after], done)
-        raise Killed
-
-    return run_all
-
-
-def never(work: Callable[[Task], Any], some: list[Task], done: Callable[[int], None]) -> list[Any]:
-    raise AssertionError(f"{work} was run again on {some}")
 
 
 # What comes out.
@@ -240,111 +158,6 @@ def test_progress_is_told_by_stage(job: Job) -> None:
     parts = sum(len(text_parts(text_folder(job, source))) for source in job.sources)
     expected = {"clean": 2, "learn": 2, "pack": parts, "index": 2}
     assert told == [(stage, done, of) for stage, of in expected.items() for done in range(of + 1)]
-
-
-# Twice, and after a kill.
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_preparing_twice_does_nothing(job: Job, kind: TokenizerKind) -> None:
-    prepare(job, kind)
-    before = files_of(Path(job.folder))
-    prepare(job, kind, run_all=never, report=lambda *each: pytest.fail(f"reported {each}"))
-    assert files_of(Path(job.folder)) == before
-    assert not [name for name in before if name.endswith((".tmp", "-00000.safetensors"))]
-
-
-STAGES = [("own", work) for work in (tasks.clean, tasks.learn_own, tasks.pack, tasks.index)]
-STAGES += [("global", work) for work in (tasks.clean, tasks.sample, tasks.pack, tasks.index)]
-
-
-@pytest.mark.parametrize(("kind", "work"), STAGES, ids=[f"{kind}-{work.__name__}" for kind, work in STAGES])
-@pytest.mark.parametrize("after", [0, 1])
-def test_a_killed_preparation_goes_on_to_the_same_corpora(
-    texts: list[dict[str, Any]], tmp_path: Path, kind: TokenizerKind, work: Callable[[Task], Any], after: int
-) -> None:
-    whole, killed = make_job(texts, tmp_path / "whole"), make_job(texts, tmp_path / "killed")
-    prepare(whole, kind)
-    with pytest.raises(Killed):
-        prepare(killed, kind, run_all=killing(after, work))
-    before = files_of(Path(killed.folder))
-    prepare(killed, kind)
-    assert fingerprints(killed, kind) == fingerprints(whole, kind)
-    redone = {name for name, time in before.items() if files_of(Path(killed.folder)).get(name, time) != time}
-    assert not [name for name in redone if name.endswith((".tokens", ".parquet"))]  # what was done stood
-
-
-def test_a_kill_between_two_parts_of_a_text_leaves_none_of_them_behind(
-    job: Job, texts: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = make_job(texts, tmp_path / "whole")
-    prepare(whole, "own")
-    folder = text_folder(job, job.sources[0])
-    written = tasks._parquet
-
-    def killed_at_the_second(some: list[str]) -> bytes:
-        if (folder / "train-00000.parquet").exists():
-            raise Killed
-        return written(some)
-
-    monkeypatch.setattr(tasks, "_parquet", killed_at_the_second)
-    with pytest.raises(Killed):
-        prepare(job, "own")
-    assert [path.name for path in folder.iterdir()] == ["train-00000.parquet"]
-    monkeypatch.setattr(tasks, "_parquet", written)
-    prepare(job, "own")
-    assert fingerprints(job, "own") == fingerprints(whole, "own")
-
-
-def test_leftovers_never_count(job: Job, texts: list[dict[str, Any]], tmp_path: Path) -> None:
-    whole = make_job(texts, tmp_path / "whole")
-    prepare(whole, "own")
-    text, corpus = text_folder(job, job.sources[0]), corpus_folder(job, "de", "own")
-    for folder in (text, corpus):
-        folder.mkdir(parents=True)
-    for name in ("train-00000.parquet", "train-00099.parquet", "index.json.1.tmp", "validation-00000.parquet.2.tmp"):
-        (text / name).write_bytes(b"half")
-    for name in ("train-00000.tokens", "train-00099.tokens", "train-00001.tokens.3.tmp", "index.json.4.tmp"):
-        (corpus / name).write_bytes(b"half")
-    (corpus / "train-00001.safetensors").write_bytes(b"made of another text")
-    (corpus / "tokenizer.json").write_bytes(b"made of another text")
-    prepare(job, "own")
-    assert fingerprints(job, "own") == fingerprints(whole, "own")
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_text_that_changed_while_the_preparation_was_down_is_not_mixed_with_the_old(
-    texts: list[dict[str, Any]], tmp_path: Path, kind: TokenizerKind
-) -> None:
-    job = make_job(texts, tmp_path / "job")
-    with pytest.raises(Killed):
-        prepare(job, kind, run_all=killing(3, tasks.pack))
-    assert (corpus_folder(job, "de", kind) / "train-00000.safetensors").exists()
-    write_texts(tmp_path / "text", count=60, seed=1)
-    for folder in (*(text_folder(job, source) for source in job.sources), global_tokenizer_folder(job)):
-        shutil.rmtree(folder, ignore_errors=True)
-    prepare(job, kind)
-    new = make_job(texts, tmp_path / "new")
-    prepare(new, kind)
-    assert fingerprints(job, kind) == fingerprints(new, kind)
-
-
-def test_a_second_global_tokenizer_beside_corpora_of_the_first_is_refused(job: Job, tmp_path: Path) -> None:
-    prepare(job, "global")
-    write_texts(tmp_path / "text", seed=1)
-    for folder in (text_folder(job, job.sources[0]), corpus_folder(job, "de", "global"), global_tokenizer_folder(job)):
-        shutil.rmtree(folder)
-    with pytest.raises(VocabularyError, match='source "en" was prepared with another global tokenizer'):
-        prepare(job, "global")
-
-
-def test_only_the_text_that_is_needed_is_cleaned_again(job: Job) -> None:
-    prepare(job, "global")
-    shutil.rmtree(text_folder(job, job.sources[0]))  # of a finished corpus, to save room
-    shutil.rmtree(corpus_folder(job, "en", "global"))
-    prepare(job, "global")
-    assert not text_folder(job, job.sources[0]).exists()
-    assert set(fingerprints(job, "global")) == set(SYLLABLES)
 
 
 # Samples.
