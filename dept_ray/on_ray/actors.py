@@ -256,11 +256,24 @@ class CoordinatorActor:
         """How many silos have a process."""
         return sum(status.pid > 0 for status in self.pool.statuses().values())
 
+    def _check_folder(self) -> None:
+        """Whether the run's folder is on this node, where whoever started the run has made it.
+
+        Raises:
+            RunError: it is not, and to begin anew would lose all rounds.
+        """
+        if not (folder := run_folder(self.job)).exists():
+            raise RunError(
+                f"run folder {folder} is not on the node that its coordinator was started again on, since its own is "
+                "gone: start the run again where the folder is, or put `folder` on a disk that all nodes see"
+            )
+
     def _run(self) -> None:
         from dept_ray.rounds.train import train
 
         board = store = None
         try:
+            self._check_folder()
             store = RunStore(self.job)
             store.hold(PREDECESSOR_S if self.again else 0.0, address=ray.get_runtime_context().gcs_address)
             self.records = store.history()

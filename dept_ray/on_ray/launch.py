@@ -6,7 +6,6 @@ from uuid import uuid4
 
 import ray
 from ray.exceptions import RayActorError, RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dept_ray.config import Job
 from dept_ray.errors import ClusterError
@@ -30,16 +29,20 @@ class Coordinator:
     def start(cls, job: Job, detach: bool) -> "Coordinator":
         """Begin (or go on with) a run, on the node of this process, where its run folder is.
 
+        On another one only when that node is gone. (A soft `NodeAffinitySchedulingStrategy`, which says the same, means
+        nothing to an actor that asks for no resources, in Ray 2.60.)
+
         Raises:
             ClusterError: the run is in progress already.
         """
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+        anywhere: list[dict[str, Any]] = [{"label_selector": {}}]
         try:
             # Ray asks again after a restart; what must not act twice carries an id of its own.
             remote: Any = ray.remote(CoordinatorActor)
             actor = remote.options(
                 num_cpus=0, max_restarts=-1, max_task_retries=-1, name=_name(job.name), namespace=NAMESPACE,
-                lifetime="detached" if detach else None, scheduling_strategy=here,
+                lifetime="detached" if detach else None, label_selector=here, fallback_strategy=anywhere,
             ).remote(job.model_dump_json(), os.cpu_count() or 1, detach)  # fmt: skip
         except ValueError:
             raise ClusterError(

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 from contract import Harness, endure_once
-from faults import relive
 from faulty_silo import FaultySilo
+from lives import relive
 from nodes import cluster_of, until
 from ordeals import compare, lost_of, smallest
 from rich.console import Console
@@ -41,6 +41,11 @@ def housed(prepared: Path, folder: Path, method: str, **overrides: Any) -> Job:
     tables = [{**t, "resources": {"labels": {"silo": t["name"]}}} for t in write_texts(prepared / "text")]
     inner = {"local_steps": STEPS, "optimizer_state": "keep", **overrides.pop("inner", {})}
     return smallest(prepared, folder, method, sources=tables, inner=inner, **overrides)
+
+
+def parent_of(pid: int) -> int:
+    """Of a process of Ray: its node."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def a_pool_of(plan: dict[tuple[int, int, str], str], notes: Path) -> Any:
@@ -162,6 +167,26 @@ with cluster_of(*SOURCES):
     run = Run.start(parse_job(json.loads(sys.stdin.read())))
     time.sleep(600)
 """
+
+
+def test_the_coordinator_is_started_where_its_folder_is_and_nowhere_else(prepared, tmp_path):
+    """Of four nodes always on the one of who started the run; and it does not begin anew where there is no folder."""
+    with cluster_of(*SOURCES) as nodes:
+        head = nodes.cluster.head_node.all_processes["raylet"][0].process.pid
+        run = Run.start(housed(prepared, tmp_path, "spec", rounds={"total": 999}))
+        for _ in range(4):
+            until(lambda: run.status().phase == "training")
+            pid = run.status().pid
+            assert parent_of(pid) == head
+            os.kill(pid, signal.SIGKILL)
+            until(lambda pid=pid: run.status().pid != pid)
+        until(lambda: run.status().phase == "training")
+        run.folder.rename(tmp_path / "on the disk of a node that is gone")
+        os.kill(run.status().pid, signal.SIGKILL)
+        until(lambda: run.status().phase == "failed")
+        assert f"run folder {run.folder} is not on the node" in run.status().error
+        run.kill()
+    assert not run.folder.exists()
 
 
 def test_the_head_is_lost_and_the_run_goes_on_on_another_cluster(prepared, tmp_path):
