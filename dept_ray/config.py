@@ -111,17 +111,11 @@ class Job(Section):
 
     def _check_shard(self, wish: Resources) -> None:
         """Whether what is to be cut can be."""
-        if wish.shard == "all" and wish.processes > 1:
-            if wish.num_gpus and self.inner.micro_batch is None:
-                raise ValueError(
-                    'resources.shard = "all" and no inner.micro_batch: where the model is cut it is not found out by '
-                    "trying; set it, 1 to begin with"
-                )
-            if self.inner.compile == "always":
-                raise ValueError(
-                    'resources.shard = "all" and inner.compile = "always": a model that is cut is not compiled; set '
-                    'inner.compile = "never"'
-                )
+        if wish.shard == "all" and wish.processes > 1 and wish.num_gpus and self.inner.micro_batch is None:
+            raise ValueError(
+                'resources.shard = "all" and no inner.micro_batch: where the model is cut it is not found out by '
+                "trying; set it, 1 to begin with"
+            )
         if self.inner.optimizer == "muon" and wish.shard in ("moments", "all") and wish.processes > 1:
             raise ValueError(
                 f'inner.optimizer = "muon" and resources.shard = "{wish.shard}": Muon steps whole matrices, which no '

@@ -6,6 +6,9 @@ and no step is faster. Not the two in one: it would unroll the loop over chunks 
 nothing on disk of a graph with a gradient of our own in it. And not the embedding: a block is the same for all
 vocabularies.
 
+Where a model is cut among ranks, hooks around a block's attention and around its MLP gather their shards; so it is
+these two that are compiled, each once for all blocks, and a chunk of the loss.
+
 Four silos that share two cores would all compile the same thing. So one does, and the others find it on disk.
 """
 
@@ -28,8 +31,9 @@ LossOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(B, T) ids and targets -> summed nats."""
 
 
-OF_THE_COMPILER = r"The \.grad attribute of a Tensor that is not a leaf"
-"""What torch warns of when its own compiler looks at the body's input."""
+OF_THE_COMPILER = r"The \.grad attribute of a Tensor that is not a leaf|TensorFloat32 tensor cores"
+"""What torch warns of when its own compiler looks at the body's input, and where a GPU multiplies what is to be fp32 in
+fp32."""
 
 
 def compiled_loss(model: LanguageModel) -> LossOf:
@@ -38,7 +42,21 @@ def compiled_loss(model: LanguageModel) -> LossOf:
     return partial(model.loss_by, partial(model.body.by, blocks), torch.compile(loss_of_chunk, dynamic=False))
 
 
+def compiled_loss_of_cut(model: LanguageModel) -> LossOf:
+    """As `model.loss`, of a model that is cut. What is within its hooks stays compiled."""
+    for block in model.body.blocks:
+        for part in (block.attention, block.mlp):
+            part.forward = torch.compile(part.forward)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+    return partial(model.loss_by, model.body, torch.compile(loss_of_chunk, dynamic=False))
+
+
 def compile_now(loss_of: LossOf, tensors: Sequence[torch.Tensor], batch: tuple[int, int], autocast: bool) -> None:
+    """`first_pass`, of one process of this machine before the others."""
+    with one_before_the_others():
+        first_pass(loss_of, tensors, batch, autocast)
+
+
+def first_pass(loss_of: LossOf, tensors: Sequence[torch.Tensor], batch: tuple[int, int], autocast: bool) -> None:
     """One pass, there and back, which changes nothing: gradients are left at zero.
 
     Args:
@@ -50,7 +68,7 @@ def compile_now(loss_of: LossOf, tensors: Sequence[torch.Tensor], batch: tuple[i
     device = tensors[0].device
     ids = torch.zeros(batch, dtype=torch.int64, device=device)
     load_in_this_process()
-    with one_before_the_others(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=OF_THE_COMPILER)
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             loss_of(ids, ids).backward()

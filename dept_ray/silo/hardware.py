@@ -125,8 +125,7 @@ def choose_shard(hardware: Hardware, job: Job, shard: str, sizes: Sizes) -> Hard
             "its GPUs have no room for its model, which is cut among them: set inner.micro_batch, 1 to begin with, for "
             "it is not found out by trying there"
         )
-    # The hooks that gather and free a block's shards break the graphs that the compiler would make.
-    return replace(hardware, shard=shard, state_bytes=ways[shard], compile=hardware.compile and shard != "all")
+    return replace(hardware, shard=shard, state_bytes=ways[shard])
 
 
 def state_bytes(sizes: Sizes, autocast: bool, shard: str, ranks: int) -> int:

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from torch.distributed.tensor import Shard as AlongFirstAxis
 
-from dept_ray.silo.compiling import LossOf
+from dept_ray.silo.compiling import LossOf, compiled_loss_of_cut, first_pass
 from dept_ray.silo.learner import Learner, new_model
 from dept_ray.silo.model import LanguageModel
 from dept_ray.silo.optimizer import AdamW, Group, l2_norm
@@ -77,23 +77,27 @@ class Sharded:
     Args:
         learner: this rank's; its model has values on rank 0 alone.
         team: all ranks.
+        compiled: whether this process has compiled what another order's shards were computed by, which serves again.
 
     Raises:
         SiloError: this process has another silo with shards.
     """
 
-    def __init__(self, learner: Learner, team: Team) -> None:
+    def __init__(self, learner: Learner, team: Team, compiled: bool) -> None:
         self._learner, self.team = learner, team
         self._device = learner.hardware.device
         self._mesh = team.mesh(learner.hardware.device_type)
         self.model: LanguageModel = _cut_model(learner, self._mesh)
-        self.loss_of: LossOf = self.model.loss
-        self.to_compile = False
+        self.to_compile = learner.hardware.compile and not compiled
+        self.loss_of: LossOf = compiled_loss_of_cut(self.model) if learner.hardware.compile else self.model.loss
         self._groups = list(self._shards())
         self.optimizer = AdamW([*self._groups], learner.job.inner.betas, learner.job.inner.eps)
 
     def compile(self) -> None:
-        """Nothing is compiled."""
+        """All ranks together: each waits for the others' shards."""
+        hardware, inner = self._learner.hardware, self._learner.job.inner
+        first_pass(self.loss_of, self.optimizer.tensors, (hardware.micro_batch, inner.context), hardware.autocast)
+        self.to_compile = False
 
     def spread(self, team: Team) -> None:
         wholes = {group.kind: group for group in self._learner.optimizer.groups}
@@ -176,7 +180,7 @@ def _cut_model(learner: Learner, mesh: Any) -> LanguageModel:
         if isinstance(module, FSDPModule):  # losses are divided by the whole batch's tokens, so gradients are summed
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    for method in ("loss", "hidden"):
+    for method in ("loss", "loss_by", "hidden"):
         register_fsdp_forward_method(model, method)
     return model.to_empty(device=learner.hardware.device)
 

@@ -97,6 +97,8 @@ class Trainees:
 
     def __init__(self, learner: Learner) -> None:
         self._learner, self.copy = learner, Copy(learner)
+        self._compiled = False
+        """Whether a cut one was."""
 
     @contextmanager
     def of(self, team: Team) -> Iterator[Trainee]:
@@ -111,8 +113,9 @@ class Trainees:
         from dept_ray.silo.sharded import Sharded  # a second to import, for those alone who need it
 
         gc.collect()  # what one whose order failed has left behind
-        cut = Sharded(self._learner, team)
+        cut = Sharded(self._learner, team, self._compiled)
         try:
             yield cut
+            self._compiled = not cut.to_compile
         finally:
             cut.release()

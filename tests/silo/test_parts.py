@@ -186,7 +186,7 @@ def test_a_gpu_that_would_be_too_full_has_parts(tiny, monkeypatch):
     assert choose_shard(gpu, job, "auto", size(1500)).shard == "moments", "12 bytes"
     found = choose_shard(gpu, job, "auto", size(1501))
     assert (found.shard, found.parts, found.state_bytes) == ("all", 4, 1501 * 16 // 4 + 100 * 8)
-    assert str(found).endswith("1, 4 ranks, model in 4 parts, 6.8e-06 GB a rank")
+    assert str(found).endswith("compiled, 4 ranks, model in 4 parts, 6.8e-06 GB a rank")
     assert (found.device, found.home) == ("cuda", "cpu")
     with pytest.raises(SiloError, match=r"set inner\.micro_batch"):
         choose_shard(gpu, tiny(inner={"optimizer": "adamw"}), "auto", size(1501))

@@ -45,6 +45,28 @@ def test_ranks_with_a_shard_of_the_model_equal_one_with_all(tiny: Make, ranks: i
         assert ours.score()["code"].nats == pytest.approx(theirs.score()["code"].nats, rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler: of torch.jit
+def test_compiled_shards_compute_the_same_and_are_compiled_once(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.utils import counters
+
+    from dept_ray.silo import sharded
+
+    passes, first_pass = [], sharded.first_pass
+    monkeypatch.setattr(sharded, "first_pass", lambda *told: passes.append(1) or first_pass(*told))
+    cut = {"model": {"layers": 2}, "resources": {"ranks": 2, "shard": "all"}}
+    inner = {"batch_size": 6, "optimizer_state": "keep", "eps": 1e-6}
+    several = tiny("trim", at="several", inner={**inner, "compile": "always"}, **cut)
+    alone = tiny("trim", at="alone", inner=inner, model=cut["model"])
+    with opened(several) as ours, opened(alone) as theirs:
+        assert "compiled" in str(ours.hardware)
+        counters.clear()
+        assert_same_rounds(ours, theirs)
+        graphs = counters["stats"]["unique_graphs"]
+        assert graphs == 3, "attention, MLP and a chunk of the loss: for all blocks, and for the second order too"
+    assert len(passes) == 1
+
+
 def test_in_bf16_the_shards_compute_what_autocast_computes(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the third digit of a gradient, as two orders of summing do in bf16; and blocks travel in it."""
     several, alone = ranked(tiny, 2, "spec", "all", precision="bf16"), ranked(tiny, 1, "spec", precision="bf16")
@@ -175,9 +197,6 @@ def test_a_model_whose_home_is_the_host_is_scored_by_a_copy(
         assert silo.score() != expected, "a copy of what it is now"
 
 
-@pytest.mark.parametrize(("inner", "match"), [
-    ({}, r'"all" and no inner\.micro_batch'), ({"micro_batch": 1, "compile": "always"}, r'"all" and inner\.compile'),
-])  # fmt: skip
-def test_what_cannot_be_with_shards_is_refused(tiny: Make, inner: Any, match: str) -> None:
-    with pytest.raises(ConfigError, match=match):
-        tiny(resources={"shard": "all", "num_gpus": 2}, inner=inner)
+def test_shards_on_gpus_want_to_be_told_how_much_at_once(tiny: Make) -> None:
+    with pytest.raises(ConfigError, match=r'"all" and no inner\.micro_batch'):
+        tiny(resources={"shard": "all", "num_gpus": 2})
