@@ -20,6 +20,7 @@ from dept_ray.errors import ConfigError, nearest
 BENCHMARKS: dict[str, tuple[str, ...]] = {
     "silo": ("bench_silo.py",),
     "silos": ("bench_silo.py", "--silos", "4"),
+    "gpu": ("bench_gpu.py",),
     "coordinator": ("bench_coordinator.py",),
     "overlap": ("bench_overlap.py",),
     "startup": ("bench_startup.py",),

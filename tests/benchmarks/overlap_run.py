@@ -9,13 +9,14 @@ share of its time a silo computed, between the first and the last but one time t
 
 import argparse
 import json
+import socket
 import statistics
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,19 +51,37 @@ class PacedSilo(Silo):
 
 
 @contextmanager
-def cluster(line: SlowLine) -> Iterator[str]:
-    """A head here and a node there; its address."""
+def cluster(line: SlowLine) -> Iterator[None]:
+    """A head here and a node there, to which this process is connected."""
+    import ray
+
+    from dept_ray.on_ray.cluster import connect
+
     address, store = f"{line.near}:{PORT}", f"--object-store-memory={400 << 20}"
-    ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", store]
+    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", store]
     head = ["--head", f"--port={PORT}", f"--node-ip-address={line.near}", "--num-cpus=1", "--include-dashboard=false"]
     node = [f"--address={address}", f"--node-ip-address={line.other}", "--num-cpus=2", "--labels=place=far"]
     with ExitStack() as stack:
-        for command in ([*ray, *head], [*line.far, *ray, *node]):
+
+        def begin(command: Sequence[str], there: Callable[[], bool]) -> None:
             started = subprocess.Popen(command, stdout=subprocess.DEVNULL)
             stack.callback(started.wait)
             stack.callback(started.terminate)
-            time.sleep(10)
-        yield address
+            while not there():
+                if started.poll() is not None:
+                    raise SystemExit(f"a node of Ray ended with {started.returncode} as it started: see above")
+                time.sleep(0.2)
+
+        begin([*start, *head], lambda: _listens(line.near))
+        connect(address)
+        begin([*line.far, *start, *node], lambda: sum(node["Alive"] for node in ray.nodes()) == 2)
+        yield
+
+
+def _listens(host: str) -> bool:
+    with suppress(OSError), socket.create_connection((host, PORT), timeout=1):
+        return True
+    return False
 
 
 def run(job: Job, pace_s: float) -> dict[str, Any]:
@@ -101,8 +120,6 @@ def run(job: Job, pace_s: float) -> dict[str, Any]:
 
 
 def main(asked: argparse.Namespace) -> None:
-    from dept_ray.on_ray.cluster import connect
-
     def job(ahead: int, codec: str = "fp32") -> Job:
         return job_of(
             SIZES[asked.size], asked.folder, f"overlap-{uuid.uuid4().hex[:8]}", asked.silos, asked.steps,
@@ -111,8 +128,7 @@ def main(asked: argparse.Namespace) -> None:
         )  # fmt: skip
 
     prepare(job(0), local=True)
-    with slow_line(asked.bits_per_s, asked.round_trip_s) as line, cluster(line) as address:
-        connect(address)
+    with slow_line(asked.bits_per_s, asked.round_trip_s) as line, cluster(line):
         for _ in range(asked.repeats):
             for ahead, codec in ((0, "fp32"), (asked.ahead, "fp32"), (asked.ahead_int8, "int8")):
                 print(json.dumps({"codec": codec, **run(job(ahead, codec), asked.pace_s)}), flush=True)

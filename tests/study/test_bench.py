@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from dept_ray.cli import main
@@ -46,6 +47,14 @@ def test_it_starts_and_tells_its_ratio(name, tmp_path, monkeypatch):
     ratios = list(run_benchmarks((name,), str(tmp_path), "small", 1))
     assert ratios
     assert all(math.isfinite(ratio["value"]) and ratio["value"] > 0 for ratio in ratios)
+
+
+def test_a_silo_on_a_gpu_is_measured_where_there_is_one(tmp_path):
+    """Tried on a CPU, where there is none: by vocabularies, without an MFU."""
+    ratios = list(run_benchmarks(("gpu",), str(tmp_path), "small", 1))
+    assert [ratio["name"] for ratio in ratios if ratio["name"] != "gpu, MFU"] == ["gpu, trim", "gpu, spec-opt"]
+    assert all(math.isfinite(ratio["value"]) and ratio["value"] > 0 for ratio in ratios)
+    assert torch.cuda.is_available() or list(run_benchmarks(("gpu",), str(tmp_path), "full", 1)) == []
 
 
 @pytest.mark.soak
