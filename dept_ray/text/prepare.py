@@ -28,7 +28,7 @@ import numpy as np
 
 from dept_ray.config import Job
 from dept_ray.draws import digest
-from dept_ray.errors import VocabularyError
+from dept_ray.errors import SourceError, VocabularyError
 from dept_ray.source_sections import Source
 from dept_ray.text import shards
 from dept_ray.text.tasks import Task, clean, index, learn_own, pack, sample, save_tokenizer, text_index, text_parts
@@ -78,6 +78,7 @@ def prepare(
     sampled = _sampled(job) if kind == "global" else []
     needed = [s for s in job.sources if s in todo or s in sampled]
     run("clean", clean, [task(s) for s in needed if not (text_folder(job, s) / "index.json").exists()])
+    _check_seen(job, needed)
     if kind == "own":
         for each in map(task, todo):
             _begin(each)
@@ -91,6 +92,17 @@ def prepare(
             _begin(each, blob)
     run("pack", pack, [task(s, part=name) for s in todo for name in text_parts(text_folder(job, s))])
     run("index", index, [task(s) for s in todo])
+
+
+def _check_seen(job: Job, cleaned: list[Source]) -> None:
+    """Whether this machine sees what others have written."""
+    for source in cleaned:
+        if not (folder := text_folder(job, source)).joinpath("index.json").exists():
+            where = "`storage`" if source.storage else "`folder`"
+            raise SourceError(
+                f'source "{source.name}": its text was written to {folder} on another machine, and is not there on '
+                f"this one, which divides it into shards: put {where} on a disk that both see"
+            )
 
 
 def _begin(task: Task, tokenizer: bytes | None = None) -> None:

@@ -9,6 +9,7 @@ index is no corpus, and a file that differs is never read.
 
 import json
 import os
+import platform
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -246,7 +247,10 @@ def open_corpus(folder: Path, verify: bool = True) -> Corpus:
 
     path = folder / "index.json"
     if not path.exists():
-        raise ShardError(f"{folder} holds no prepared tokens (no index.json): run `dept-ray prepare` on the job first")
+        raise ShardError(
+            f"{folder} holds no prepared tokens (no index.json) on this machine ({platform.node()}): run "
+            "`dept-ray prepare` on the job first or, if that was done elsewhere, put `folder` on a disk that both see"
+        )
     try:
         index = json.loads(path.read_text())
         if index["format"] != FORMAT:

@@ -94,6 +94,15 @@ def test_the_size_of_a_part_changes_the_number_of_shards_and_no_document(
         assert texts_of(parts, parts.train) == texts_of(whole, whole.train)
 
 
+def test_text_that_another_machine_keeps_to_itself_is_told_before_anything_is_made_of_it(job: Job) -> None:
+    def elsewhere(work: Callable[[Task], Any], tasks: list[Task], done: Callable[[int], None]) -> list[Any]:
+        return [None] * len(tasks)
+
+    with pytest.raises(SourceError, match=r'"de": its text was written to .* on another machine.*put `folder` on'):
+        prepare(job, "own", elsewhere)
+    assert not list(Path(job.folder).rglob("tokens-*"))
+
+
 def test_own_and_global_tokenizers_share_the_cleaned_text_and_nothing_else(job: Job) -> None:
     prepare(job, "own")
     before = files_of(Path(job.folder))
