@@ -22,7 +22,7 @@ from dept_ray.on_ray.actors import SiloActor, explain
 from dept_ray.on_ray.cluster import leaving_nodes
 from dept_ray.rounds.methods import method_of, resources_of
 from dept_ray.rounds.pool import MakeSilo, without_other_newcomers
-from dept_ray.silo.silo import open_corpora
+from dept_ray.silo.reading import open_corpora
 from dept_ray.text.prepare import prepare, tokenizer_kind
 
 LOOK_EVERY_S = 0.5

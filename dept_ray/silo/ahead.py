@@ -1,4 +1,4 @@
-"""`Ahead`: the first steps of a round, made before its order came; and what becomes of them when it does.
+"""`Early`: the first steps of a round, made before its order came; and what becomes of them when it does.
 
 A silo that has answered stands at theta_k while its update travels and the outer step is made. Instead of waiting it
 goes on from there, as the next order will say unless something happens (`expected_order`). What these steps moved is
@@ -12,14 +12,17 @@ in the snapshot that it names, so they can be made again by anybody at any time,
 them early saves time and decides nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from dept_ray.config import Job
 from dept_ray.messages import RoundOrder
 from dept_ray.silo.inner import Trained
+from dept_ray.silo.vectors import Vectors
 from dept_ray.silo.wire import Shared
 from dept_ray.text.stream import Position
 
@@ -42,6 +45,62 @@ class Ahead:
     def fits(self, order: RoundOrder) -> bool:
         """Whether these are steps of that order."""
         return all(getattr(order, fact) == getattr(self.order, fact) for fact in _COURSE)
+
+
+class Early:
+    """Of one silo.
+
+    Args:
+        job: as the silo knows it.
+        vectors: its model's.
+    """
+
+    def __init__(self, job: Job, vectors: Vectors) -> None:
+        self._job, self._vectors = job, vectors
+        self._left: Shared = {}
+        """What is shared as it was at the end of the last round, where steps are made ahead of their order."""
+        self._expected: RoundOrder | None = None
+        self._made: Ahead | None = None
+
+    def expect(self, order: RoundOrder, snapshot: str, position: Position) -> None:
+        """An order was obeyed, and led to this snapshot and position."""
+        self._expected = expected_order(self._job, order, snapshot, position)
+
+    def expected(self) -> RoundOrder | None:
+        """What steps are to be made of, asked once; None: nothing."""
+        order, self._expected = self._expected, None
+        return order
+
+    def make(self, order: RoundOrder, steps: Callable[[], Trained], clock: Callable[[], float]) -> None:
+        """Make steps from where the silo left off. What stays home is then as it was: the order may want it scored."""
+        began = clock()
+        home = self._vectors.copies({"body", "rows"} - self._left.keys())
+        self._vectors.take(self._left)
+        trained, reached = steps(), self._vectors.copies(("body", "rows"))
+        self._vectors.take(home)
+        self._made = Ahead(order, trained, reached, clock() - began)
+
+    def made_for(self, order: RoundOrder) -> Ahead | None:
+        """What was made of the order that has come, if that was expected so; whatever was made is used up."""
+        made, self._made, self._expected = self._made, None, None
+        return made if made is not None and made.fits(order) else None
+
+    @contextmanager
+    def ahead_of(self, shared: Shared, made: Ahead | None) -> Iterator[None]:
+        """Within, an order's other steps ahead are made; then what they moved is laid onto what is `shared` now."""
+        self._vectors.take(self._left if made is None else made.reached)
+        yield
+        self._vectors.take(rebased(shared, self._left, self._vectors.copies(shared)))
+
+    def leave(self, shared: Collection[str]) -> dict[str, torch.Tensor]:
+        """What is `shared`, as it is now: of the snapshot, where it is needed."""
+        if self._job.inner.ahead_steps:
+            self._left = self._vectors.copies(shared)
+        return {what: torch.from_numpy(vector) for what, vector in self._left.items()}
+
+    def load(self, left: Mapping[str, torch.Tensor]) -> None:
+        """What `leave` said after the same snapshot; of a fresh silo nothing."""
+        self._left = {what: tensor.numpy() for what, tensor in left.items()}
 
 
 def expected_order(job: Job, order: RoundOrder, snapshot: str, position: Position) -> RoundOrder | None:

@@ -17,9 +17,8 @@ from typing import Any
 from dept_ray.config import Job
 from dept_ray.errors import discreet
 from dept_ray.messages import RoundOrder, SiloSpec
-from dept_ray.sections import WireSection
 from dept_ray.silo.memory import keep_freed_memory
-from dept_ray.silo.silo import Silo
+from dept_ray.silo.rank import Rank
 from dept_ray.silo.team import join, open_store
 
 _PATIENCE = timedelta(days=20)
@@ -31,18 +30,17 @@ def follow(port: int, rank: int) -> None:
     """Be that rank of the silo whose rank 0 is met at a port of this machine; returns when rank 0 is gone."""
     store = open_store(port, _MEET_S)
     job = Job.model_validate_json(store.get("job"))
-    job = job.model_copy(update={"wire": WireSection()})  # nothing is sent from here: no copies need be kept for it
     told = json.loads(store.get("spec"))
     spec = SiloSpec(**told | {"sources": tuple(told["sources"])})
     try:
-        with closing(Silo(job, spec, rank=rank)) as silo:
+        with closing(Rank(job, spec, rank)) as ours:
             store.set(f"here/{rank}", "")
             team = join(store, rank, spec.ranks, spec.gpu, job.faults.start_timeout_s)
             for number in itertools.count(1):
                 if (told := _order(store, number)) is None:
                     return
                 order = RoundOrder(**told["order"] | {"keep": ()})
-                silo.follow(order, told["moments"], team)
+                ours.follow(order, told["moments"], team)
     except Exception as err:  # noqa: BLE001 - rank 0 is told, and it fails with this reason
         traceback.print_exc()
         _tell(store, f"failed/{rank}", _words(err))

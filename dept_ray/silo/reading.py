@@ -1,12 +1,29 @@
-"""What a silo reads: the batches of its sources, drawn as the job says. It opens nothing and trains nothing."""
+"""What a silo reads: its sources' tokens, the rows that they need, and their batches, drawn as the job says."""
 
 from collections.abc import Mapping
 
 from dept_ray.config import Job
 from dept_ray.errors import SiloError
 from dept_ray.messages import SiloSpec
-from dept_ray.text.shards import Corpus
+from dept_ray.text.prepare import corpus_folder, tokenizer_kind
+from dept_ray.text.shards import Corpus, open_corpus
 from dept_ray.text.stream import MixedStream, Read, Stream
+from dept_ray.text.tokenizer import Vocabulary
+
+
+def open_corpora(job: Job, spec: SiloSpec) -> dict[str, Corpus]:
+    """The prepared tokens of a silo's sources, those that it trains on first.
+
+    Raises:
+        ShardError: a source is not prepared, or its shards were altered.
+    """
+    kind = tokenizer_kind(spec.vocabulary)
+    return {name: open_corpus(corpus_folder(job, name, kind)) for name in (*spec.sources, *spec.held_out)}
+
+
+def vocabulary_of(spec: SiloSpec, corpora: dict[str, Corpus]) -> Vocabulary:
+    """The rows of a silo: what its source uses, or everything."""
+    return next(iter(corpora.values())).rows_of(spec.vocabulary)
 
 
 def open_stream(job: Job, spec: SiloSpec, corpora: Mapping[str, Corpus], read: Read | None) -> MixedStream:

@@ -8,10 +8,9 @@ Knows nothing of other silos, of the outer step, or of Ray.
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -21,50 +20,26 @@ import torch
 from dept_ray.codec import finite_norm
 from dept_ray.config import Job
 from dept_ray.messages import RoundOrder, Score, SiloCard, SiloSpec, SiloStatus, SiloUpdate
-from dept_ray.silo.ahead import Ahead, expected_order, rebased
+from dept_ray.silo.ahead import Ahead, Early
 from dept_ray.silo.crew import Ranks, Start, start_processes
 from dept_ray.silo.donors import first_tables
 from dept_ray.silo.flops import flops_per_token
 from dept_ray.silo.fresh import fresh_shared
-from dept_ray.silo.hardware import Hardware, choose_hardware, choose_shard
-from dept_ray.silo.inner import NOTHING, Schedule, Trained, train_steps
-from dept_ray.silo.learner import Learner
-from dept_ray.silo.micro_batch import find_micro_batch
-from dept_ray.silo.model import num_parameters
-from dept_ray.silo.reading import open_stream
+from dept_ray.silo.hardware import Hardware
+from dept_ray.silo.inner import NOTHING, Trained
+from dept_ray.silo.rank import Listener, Rank, Run
 from dept_ray.silo.score import score_corpus, score_text
 from dept_ray.silo.snapshot import load_snapshot, prune_snapshots, save_snapshot, silo_folder, snapshot_name
 from dept_ray.silo.team import ALONE, Team
-from dept_ray.silo.trainee import Trainees
 from dept_ray.silo.wire import Shared, Wire
-from dept_ray.text.prepare import corpus_folder, tokenizer_kind
-from dept_ray.text.shards import Corpus, open_corpus
 from dept_ray.text.stream import Position, Read
-from dept_ray.text.tokenizer import Vocabulary
 
-Run = Callable[[Callable[[], Any]], Any]
-"""Calls what computes, in whatever thread."""
 NEVER = (-1, -1)
 """The round and attempt that nobody stops."""
 _UNUSED = 1e-9
 """Share of a token that a text has not: next to nothing beside any use, and a row that nobody uses is all owners'."""
 NOWHERE = "nowhere"
 """What memory is after before it was loaded, or while it trains: equal to no snapshot."""
-
-
-def open_corpora(job: Job, spec: SiloSpec) -> dict[str, Corpus]:
-    """The prepared tokens of a silo's sources, those that it trains on first.
-
-    Raises:
-        ShardError: a source is not prepared, or its shards were altered.
-    """
-    kind = tokenizer_kind(spec.vocabulary)
-    return {name: open_corpus(corpus_folder(job, name, kind)) for name in (*spec.sources, *spec.held_out)}
-
-
-def vocabulary_of(spec: SiloSpec, corpora: dict[str, Corpus]) -> Vocabulary:
-    """The rows of a silo: what its source uses, or everything."""
-    return next(iter(corpora.values())).rows_of(spec.vocabulary)
 
 
 class Silo:
@@ -76,7 +51,6 @@ class Silo:
         read: how blocks become tokens, ahead of time; None reads the shards in this process.
         clock: seconds, for what is reported.
         start: how its other ranks are started, where it has some.
-        rank: 0, which obeys orders; another one follows.
         run: calls what makes its steps, or scores.
 
     Raises:
@@ -86,28 +60,17 @@ class Silo:
 
     def __init__(
         self, job: Job, spec: SiloSpec, read: Read | None = None, clock: Callable[[], float] = time.perf_counter,
-        start: Start = start_processes, rank: int = 0, run: Run = lambda compute: compute(),
+        start: Start = start_processes, run: Run = lambda compute: compute(),
     ) -> None:  # fmt: skip
         self.job, self.spec, self._clock, self._run = job, spec, clock, run
-        hardware = choose_hardware(job, spec.threads, spec.gpu, spec.compile, spec.ranks)
-        self.corpora = open_corpora(job, spec)
-        self.vocabulary = vocabulary_of(spec, self.corpora)
-        sizes = num_parameters(job.model, job.positions, self.vocabulary.size)
-        self.stream = open_stream(job, spec, self.corpora, read)
-        hardware = choose_shard(hardware, job, spec.shard, sizes)
-        self._learner = learner = Learner(job, spec, hardware, self.vocabulary.size, rank)
+        self._rank = Rank(job, spec, read=read, run=run)
+        self._learner = learner = self._rank.learner
+        self.corpora, self.vocabulary, self.stream = self._rank.corpora, self._rank.vocabulary, self._rank.stream
         self.model, self.body = learner.model, learner.body
-        self._trainees = Trainees(learner)
-        if spec.gpu and job.inner.micro_batch is None:
-            found = find_micro_batch(self.model, learner.optimizer.tensors, job, hardware, spec.gpu_part)
-            learner.hardware = replace(hardware, micro_batch=found)
         self._after: str | None = NOWHERE
-        self._left: Shared = {}
-        """What is shared as it was at the end of the last round, where steps are made ahead of their order."""
-        self._expected: RoundOrder | None = None
-        self._ahead: Ahead | None = None
+        self._early = Early(job, learner.vectors)
         self._stop_at, self._stopping = NEVER, threading.Lock()
-        self._ranks = Ranks(job, replace(spec, shard=hardware.shard), start)
+        self._others = Ranks(job, replace(spec, shard=learner.hardware.shard), start)
         # What a run begins from is not on every silo's machine: it comes with the first order.
         draws = job.wire.codec != "fp32" and job.init.origin is None
         self._wire = Wire(spec.silo, fresh_shared(job, spec, self.card()) if draws else {})
@@ -159,15 +122,14 @@ class Silo:
         """
         torch.set_num_threads(self.spec.threads)
         seconds: dict[str, float] = {}
-        ahead, self._ahead, self._expected = self._ahead, None, None
+        ahead = self._early.made_for(order)
         self._say("loading", order)
         with self._timed("load", seconds):
-            if ahead is None or not ahead.fits(order):
-                ahead = None
+            if ahead is None:
                 self._restore(order)
             shared = self._wire.receive(order, self._learner.vectors.take)
             if order.steps:
-                self._ranks.assemble()
+                self._others.assemble()
         scores: dict[str, Score] = {}
         if order.score:
             self._say("scoring", order)
@@ -191,7 +153,7 @@ class Silo:
             sent = self._wire.send(order.codec, deltas)
         with self._timed("save", seconds):
             snapshot = self._save(order, position, shared)
-        self._expected = expected_order(self.job, order, snapshot, position)
+        self._early.expect(order, snapshot, position)
         update = self._answer(order, trained, snapshot, position, scores, seconds)
         self._say("waiting", order)
         return replace(update, body_norm=norm, body=sent.get("body"), rows=sent.get("rows"))
@@ -202,20 +164,14 @@ class Silo:
         Raises:
             ShardError: its text cannot be read. Nothing is lost: the order will find it out.
         """
-        order, self._expected = self._expected, None
-        if order is None:
+        if (order := self._early.expected()) is None:
             return
         torch.set_num_threads(self.spec.threads)
-        began = self._clock()
         self._say("going ahead", order)
         self._restore(order)
         self._after = NOWHERE
-        home = self._learner.vectors.copies({"body", "rows"} - self._left.keys())
-        self._learner.vectors.take(self._left)
-        trained = self._steps(order, ALONE, islice(self._batches(order), order.ahead))
-        reached = self._learner.vectors.copies(("body", "rows"))
-        self._learner.vectors.take(home)  # which is scored, if the order asks for it
-        self._ahead = Ahead(order, trained, reached, self._clock() - began)
+        batches = islice(self._rank.batches(order), order.ahead)
+        self._early.make(order, lambda: self._steps(order, ALONE, batches), self._clock)
         self._say("waiting", order)
 
     def score(self) -> dict[str, Score]:
@@ -228,26 +184,10 @@ class Silo:
                 if corpus.validation.tokens
             }
 
-    def follow(self, order: RoundOrder, moments: Mapping[str, Sequence[int]], team: Team) -> None:
-        """Train along with the rank 0 that obeys an order, beginning with all that it has.
-
-        Args:
-            order: without its arrays.
-            moments: shapes of the optimizer's, by name.
-            team: all ranks.
-
-        Raises:
-            SiloError: another rank is gone.
-        """
-        torch.set_num_threads(self.spec.threads)
-        shapes = {name: torch.empty(tuple(shape), device="meta") for name, shape in moments.items()}
-        self._learner.begin_moments(shapes)
-        self._steps(order, team, self._batches(order))
-
     def close(self) -> None:
         """Stop reading ahead, and let the other ranks go."""
-        self.stream.close()
-        self._ranks.close()
+        self._rank.close()
+        self._others.close()
 
     def score_text(self, source: str, text: str) -> Score:
         """Any text as a source's tokenizer cuts it, with the parameters as they are.
@@ -277,57 +217,28 @@ class Silo:
         if self.spec.reset_embedding and order.round > 0:
             self._learner.draw_tokens(order.round)
         made = NOTHING if ahead is None else ahead.trained
-        batches = self._batches(order, made.steps)
-        with self._ranks.following(order, self._learner.moments) as team:
+        batches = self._rank.batches(order, made.steps)
+        with self._others.following(order, self._learner.moments) as team:
             if order.ahead:
-                self._learner.vectors.take(self._left if ahead is None else ahead.reached)
-                made = self._steps(order, team, islice(batches, order.ahead - made.steps), made)
-                self._learner.vectors.take(rebased(shared, self._left, self._learner.vectors.copies(shared)))
+                with self._early.ahead_of(shared, ahead):
+                    made = self._steps(order, team, islice(batches, order.ahead - made.steps), made)
             return self._steps(order, team, batches, made)
 
-    def _batches(self, order: RoundOrder, made: int = 0) -> Iterator[np.ndarray]:
-        """The batches of an order, but for the first that were `made`: (B, T + 1) local ids each."""
-        position = self.stream.advance(order.position, made)
-        batches = self.stream.batches(position, order.steps - made)
-        return (self.vocabulary.to_local(batch) for batch in batches)
-
     def _steps(self, order: RoundOrder, team: Team, batches: Iterable[np.ndarray], made: Trained = NOTHING) -> Trained:
-        """Steps of an order on some of its batches, as one of its ranks."""
-        with team.listening(), self._trainees.of(team) as trainee:
-            if trainee.to_compile:
-                doing = self._status.doing
-                self._say("compiling", order)
-                trainee.compile()
-                self._say(doing, order)
-            trainee.spread(team)
-            steps = partial(
-                train_steps,
-                trainee.model,
-                trainee.loss_of,
-                trainee.optimizer,
-                batches,
-                job=self.job,
-                hardware=self.hardware,
-                schedule=Schedule(
-                    first_step=order.first_step,
-                    steps=order.steps,
-                    total_steps=order.total_steps,
-                    peak=order.lr,
-                    warmup=self.job.inner.warmup_steps,
-                    floor=self.job.inner.lr_floor,
-                    embedding_period=order.steps if self.spec.reset_embedding else None,
-                    frozen_steps=order.frozen_steps,
-                ),
-                should_stop=lambda: team.any(self._stop_at >= order.fence),
-                watch=lambda step, loss, rate: self._say(
-                    self._status.doing, order, step=step, loss=loss, tokens_per_s=rate
-                ),
-                team=team,
-                made=made,
-            )
-            trained: Trained = self._run(steps)
-            trainee.gather(team)
-            return trained
+        """Steps of an order on some of its batches, as rank 0, until they are to stop."""
+
+        def watch(step: int, loss: float, tokens_per_s: float) -> None:
+            self._say(self._status.doing, order, step=step, loss=loss, tokens_per_s=tokens_per_s)
+
+        @contextmanager
+        def compiling() -> Iterator[None]:
+            doing = self._status.doing
+            self._say("compiling", order)
+            yield
+            self._say(doing, order)
+
+        listener = Listener(lambda: self._stop_at >= order.fence, watch, compiling)
+        return self._rank.steps(order, team, batches, made, listener)
 
     def _restore(self, order: RoundOrder) -> None:
         """Make memory equal to the snapshot that an order names (None: to a fresh silo), unless it is already."""
@@ -339,7 +250,7 @@ class Silo:
         parts = {} if after is None else load_snapshot(silo_folder(self.job, self.spec.silo) / after)[0]
         self._learner.load(parts, lambda: first_tables(self.job, self.spec, self.corpora, self.vocabulary, order))
         self._wire.load(parts.get("residual", {}))
-        self._left = {what: tensor.numpy() for what, tensor in parts.get("left", {}).items()}
+        self._early.load(parts.get("left", {}))
         self._after = after
 
     def _save(self, order: RoundOrder, position: Position, shared: Collection[str]) -> str:
@@ -348,9 +259,8 @@ class Silo:
         parts = self._learner.parts()
         if residual := self._wire.parts():
             parts["residual"] = residual
-        if shared and self.job.inner.ahead_steps:
-            self._left = self._learner.vectors.copies(shared)
-            parts["left"] = {what: torch.from_numpy(vector) for what, vector in self._left.items()}
+        if left := self._early.leave(shared):
+            parts["left"] = left
         folder = silo_folder(self.job, self.spec.silo)
         about = {
             "run": self.job.name,

@@ -22,6 +22,7 @@ from dept_ray.silo import crew as crew_module
 from dept_ray.silo import team as team_module
 from dept_ray.silo.crew import Crew, start_processes
 from dept_ray.silo.follower import follow
+from dept_ray.silo.rank import Rank
 from dept_ray.silo.silo import Silo
 from dept_ray.silo.team import Team, join, new_store, open_store
 
@@ -129,14 +130,14 @@ def test_a_rank_that_fails_says_why_and_the_next_order_succeeds(tiny, open_silo,
     job = ranked(tiny, 2)
     silo, untouched = open_silo(job), open_silo(job)
     order, times = first_order(job, silo), iter(range(100))
-    steps = Silo._steps
+    steps = Rank.steps
 
-    def fails_once(self: Silo, order: RoundOrder, team: Team, *more: Any) -> Any:
+    def fails_once(self: Rank, order: RoundOrder, team: Team, *more: Any) -> Any:
         if team.rank == 1 and next(times) == 0:
             raise SiloError("the fan is broken")
         return steps(self, order, team, *more)
 
-    monkeypatch.setattr(Silo, "_steps", fails_once)
+    monkeypatch.setattr(Rank, "steps", fails_once)
     with pytest.raises(SiloError, match=r"rank 1 of 2: SiloError: the fan is broken"):
         silo.obey(order)
     assert_same(silo.obey(order), untouched.obey(order))
@@ -171,7 +172,7 @@ def rank_1_killed_before_batch(silo: Silo, last: int) -> Iterator[None]:
 
 
 def kill_rank_1(silo: Silo) -> None:
-    crew: Any = silo._ranks._crew
+    crew: Any = silo._others._crew
     os.kill(crew.processes[0].pid, signal.SIGKILL)
     crew.processes[0].wait()
 

@@ -127,14 +127,14 @@ def test_a_failed_round_is_forgotten(tiny, open_silo):
 def test_a_failure_in_the_middle_of_a_step_leaves_no_gradient_behind(tiny, open_silo):
     job = tiny("spec", inner={"micro_batch": 2})
     silo = open_silo(job)
-    order, loss_of, calls = first_order(job, silo), silo._trainees.copy.loss_of, iter(range(100))
+    order, loss_of, calls = first_order(job, silo), silo._rank.trainees.copy.loss_of, iter(range(100))
 
     def fails_once(ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         if next(calls) == 3:  # the second half of the second step
             raise MemoryError
         return loss_of(ids, targets)
 
-    silo._trainees.copy.loss_of = fails_once
+    silo._rank.trainees.copy.loss_of = fails_once
     with pytest.raises(MemoryError):
         silo.obey(order)
     assert_same(silo.obey(order), open_silo(job).obey(order))
