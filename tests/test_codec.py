@@ -91,6 +91,31 @@ def test_what_is_coded_otherwise_than_asked_is_seen(codec: str) -> None:
         assert "coded as" in str(without.misfit(codec, (1000,)))
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_packed_is_the_same_in_fewer_bytes(shape: tuple[int, ...]) -> None:
+    vector = some(shape)
+    plain, lacks = encode(vector, "int4")
+    packed, residual = encode(vector, "int4-zstd")
+    assert packed.misfit("int4-zstd", shape) is None
+    assert "asked was" in str(packed.misfit("int4", shape))
+    np.testing.assert_array_equal(packed.decode(), plain.decode())
+    np.testing.assert_array_equal(residual, lacks)
+    if len(shape) == 2:
+        np.testing.assert_array_equal(packed.rows(slice(1, 3)).decode(), plain.decode()[1:3])
+    if np.prod(shape) > 10_000:
+        assert 0.8 < packed.nbytes / plain.nbytes < 0.92
+        assert packed.nbytes == pytest.approx(coded_bytes("int4-zstd", shape), rel=0.05)
+
+
+def test_what_was_packed_by_others_is_looked_into() -> None:
+    packed, _ = encode(some((5000,)), "int4-zstd")
+    for codes in (packed.codes[:-3], packed.codes[5:], encode(some((6000,)), "int4-zstd")[0].codes, packed.codes[:0]):
+        assert "cannot be unpacked" in str(Coded("int4-zstd", (5000,), codes).misfit("int4-zstd", (5000,)))
+    vector = some((5000,))
+    vector[70] = np.inf
+    assert encode(vector, "int4-zstd")[0].misfit("int4-zstd", (5000,)) == "not finite"
+
+
 @pytest.mark.parametrize("codec", LOSSY)
 def test_with_feedback_many_rounded_steps_are_the_sum_of_the_steps(codec: str) -> None:
     steps = [some((1000,)) * np.float32(i % 3 + 1) for i in range(50)]

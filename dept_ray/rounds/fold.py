@@ -78,9 +78,9 @@ def empty(shape: int | Sequence[int]) -> torch.Tensor:
 
 
 def _readable(delta: Delta) -> torch.Tensor | Coded:
-    """Without a copy. Ray's arrays are only to be read, which torch warns of; nobody writes here."""
+    """Copied only if it is packed. Ray's arrays are only to be read, which torch warns of; nobody writes here."""
     if isinstance(delta, Coded):
-        return delta
+        return delta.opened()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.from_numpy(delta)

@@ -4,6 +4,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from dept_ray.codec import PACKED
 from dept_ray.console import figure_table, human
 from dept_ray.study.costs import Plan
 
@@ -30,7 +31,8 @@ def headline(costs: Plan) -> str:
     told = f"{name} sends {_times(costs.reduction)} times less than data-parallel training"
     if costs.codec == "fp32" or costs.byte_reduction is None:
         return told
-    return f"{told}, and {_times(costs.byte_reduction)} times fewer bytes in {costs.codec}"
+    about = "about " * (costs.codec in PACKED)
+    return f"{told}, and {about}{_times(costs.byte_reduction)} times fewer bytes in {costs.codec}"
 
 
 def _times(factor: float) -> str:
@@ -71,7 +73,8 @@ def _traffic_table(costs: Plan) -> Table | None:
         return None
     silos, steps, rounds = costs.silos_per_round, costs.local_steps, costs.rounds
     beside = "" if costs.codec == "fp32" or parallel is None else "; data-parallel in fp32"
-    table = figure_table(f"What travels, in {costs.codec}{beside}", "", *sides)
+    packed = " (as many bytes as deltas had where it was measured)" * (costs.codec in PACKED)
+    table = figure_table(f"What travels, in {costs.codec}{packed}{beside}", "", *sides)
     table.add_row("parameters per step, one way (as the paper counts)", *(human(n) for n, _ in sides.values()))
     for what, times in (
         ("bytes per step, down + up", 1),

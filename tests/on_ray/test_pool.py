@@ -180,7 +180,7 @@ def test_stopped_and_resumed_on_ray_equals_uninterrupted_in_process_bit_for_bit(
     }
 
 
-@pytest.mark.parametrize(("method", "codec"), [("trim", "int4"), ("spec-opt", "bf16")])
+@pytest.mark.parametrize(("method", "codec"), [("trim", "int4"), ("spec-opt", "bf16"), ("glob", "int4-zstd")])
 def test_coded_rounds_on_ray_are_those_in_process_bit_for_bit(tiny: Make, method: str, codec: str) -> None:
     from dept_ray.on_ray.pool import RayPool
 

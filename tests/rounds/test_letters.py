@@ -27,9 +27,10 @@ def same(a: object, b: object) -> bool:
     return type(a) is type(b) and a == b
 
 
-def test_every_message_comes_back_as_it_was(tmp_path: Path):
+@pytest.mark.parametrize("codec", ["int4", "int4-zstd"])
+def test_every_message_comes_back_as_it_was(tmp_path: Path, codec: str):
     vector = np.linspace(-3, 5, 1000, dtype=np.float32)
-    coded, _ = encode(vector, "int4")
+    coded, _ = encode(vector, codec)
     half, _ = encode(vector.reshape(10, 100), "bf16")
     order = RoundOrder("run", "is", 3, 1, "000002-1-0", {"is": 7}, 12, 4, True, keep=("a", "b"), body=vector)
     moved = RoundOrder("run", "de", 3, 1, None, {}, 12, 4, False, body=Moves((1000,), 2, (coded, coded)))

@@ -89,6 +89,18 @@ def test_stopped_and_resumed_equals_uninterrupted(tiny, method, codec):
     assert [r.get("scores") for r in first + second] == [r.get("scores") for r in records]
 
 
+@pytest.mark.parametrize("method", ["trim", "spec-opt"])
+def test_packed_a_run_has_the_same_bits_and_sends_less(tiny, method):
+    changes = {"rounds": {"total": 3, "choose": 2}, "inner": {"ahead_steps": 1}}
+    plain, records, _ = run(tiny(method, at="plain", wire={"codec": "int4"}, **changes))
+    job = tiny(method, at="packed", wire={"codec": "int4-zstd"}, **changes)
+    run(job, stop_after=1)
+    packed, others, _ = run(job)
+    assert all(torch.equal(packed.tensors[name], tensor) for name, tensor in plain.tensors.items())
+    sent, less = (record["sent_bytes"] for record in (records[-2], others[-2]))
+    assert 0.8 < less["up"] / sent["up"] < 1, "the fewer steps, the more alike in size what they moved"
+
+
 @pytest.mark.parametrize("codec", LOSSY)
 def test_bytes_on_record_are_those_of_the_codec(tiny, codec):
     job = tiny("spec", wire={"codec": codec}, rounds={"total": 3})

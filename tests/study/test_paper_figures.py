@@ -88,6 +88,13 @@ def test_in_int4_spec_sends_thousands_of_times_fewer_bytes(job, least):
     assert "data-parallel in fp32" in printed(costs)
 
 
+def test_packed_int4_sends_5000_times_fewer_bytes_also_where_embeddings_are_small():
+    costs = plan(load_job(JOBS / "pile_350m_spec.toml").model_copy(update={"wire": WireSection(codec="int4-zstd")}))
+    assert costs.byte_reduction is not None
+    assert costs.byte_reduction > 5000
+    assert "about 5,090 times fewer bytes in int4-zstd" in headline(costs)
+
+
 def test_a_billion_parameters_travel_714_times_less():
     assert plan_of("mc4_1b_spec_opt").reduction == pytest.approx(714, rel=RATIO)
 
