@@ -12,6 +12,7 @@ from ray._private.state import state as cluster_state
 
 from dept_ray.config import Job
 from dept_ray.errors import ClusterError
+from dept_ray.on_ray.tokens import show_token
 from dept_ray.rounds.methods import resources_of, silos_of, silos_per_round
 
 NAMESPACE = "dept_ray"
@@ -56,6 +57,11 @@ def connect(address: str | None = None, silos: int = 0, outlive: bool = False) -
                 )  # fmt: skip
     except (ConnectionError, RuntimeError, ValueError) as err:
         raise ClusterError(f"no Ray cluster at address {address!r}: {err}") from None
+    except PermissionError as err:  # it writes the token of its first cluster there
+        raise ClusterError(
+            f"Ray cannot write {err.filename}: let HOME name a folder that can be written, or give it a token "
+            "(RAY_AUTH_TOKEN) or RAY_AUTH_MODE=disabled"
+        ) from None
 
 
 def connected() -> bool:
@@ -70,7 +76,11 @@ def leaving_nodes() -> set[str]:
 
 
 def _check_reachable(address: str) -> None:
-    """Ray itself retries a wrong address for minutes; a port answers within seconds or not at all."""
+    """Ray itself retries a wrong address for minutes; a port answers within seconds or not at all.
+
+    Raises:
+        ClusterError: nothing answers, or it does not let us in.
+    """
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         if address == "auto":
@@ -83,6 +93,7 @@ def _check_reachable(address: str) -> None:
             f"no Ray cluster answers at address {address!r} ({err}): check --address and RAY_ADDRESS, "
             "or leave both out to start a local Ray"
         ) from None
+    show_token(f"{host}:{port}", _REACH_TIMEOUT_S)
 
 
 def check_room(job: Job) -> None:

@@ -28,6 +28,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 import dept_ray
 from dept_ray.errors import ClusterError, ConfigError, RunError
 from dept_ray.jobfile import load_job
+from dept_ray.on_ray.tokens import REMEDY, own_token
 
 DASHBOARD = "http://127.0.0.1:8265"
 """Where Ray's dashboard is unless told otherwise: on this machine, or at this end of a tunnel."""
@@ -66,7 +67,7 @@ def reach(address: str | None = None) -> JobSubmissionClient:
     try:
         return _connect(url)
     except AuthenticationError as err:
-        token = _token() if "RAY_AUTH_MODE" not in os.environ else None
+        token = own_token() if "RAY_AUTH_MODE" not in os.environ else None
         if token is None:
             raise _locked_out(url, err) from None
     try:
@@ -94,23 +95,8 @@ def _connect(url: str, headers: dict[str, str] | None = None) -> JobSubmissionCl
             os.environ[_ASK] = before
 
 
-def _token() -> str | None:
-    """The token that Ray's own tools would use, in their order."""
-    if token := os.environ.get("RAY_AUTH_TOKEN"):
-        return token.strip()
-    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    try:
-        return file.expanduser().read_text().strip() or None
-    except OSError:
-        return None
-
-
 def _locked_out(url: str, err: AuthenticationError) -> ClusterError:
-    return ClusterError(
-        f"the cluster at {url} asks for its token ({str(err).splitlines()[0]}): copy the head's ~/.ray/auth_token "
-        "(`ray get-auth-token` prints it there) to this machine's, or put it into RAY_AUTH_TOKEN, "
-        "and leave RAY_AUTH_MODE unset or set it to token"
-    )
+    return ClusterError(f"the cluster at {url} asks for its token ({str(err).splitlines()[0]}): {REMEDY}")
 
 
 # ------------------------------------------------------------------------------------------------ submitting

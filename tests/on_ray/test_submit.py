@@ -101,6 +101,29 @@ def test_a_token_is_asked_for_in_plain_words(head: Head, tmp_path: Path) -> None
         assert "Traceback" not in refused.stderr
 
 
+def test_whoever_joins_the_cluster_shows_it_its_token(head: Head, tmp_path: Path) -> None:
+    """By HOST:PORT, where Ray itself shows none; as who steers a run from another terminal does."""
+
+    def join(**env: str) -> subprocess.CompletedProcess[str]:
+        code = (
+            f"from dept_ray.on_ray.cluster import connect; connect('{head.gcs}'); import ray; print(len(ray.nodes()))"
+        )
+        return subprocess.run(
+            [sys.executable, "-c", code], env=head.env | env, capture_output=True, text=True, timeout=120
+        )
+
+    joined = join()
+    assert (joined.returncode, joined.stdout) == (0, "1\n"), joined.stderr
+    for env, words in (
+        ({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "none"), "HOME": str(tmp_path)}, "and there is none here"),
+        ({"RAY_AUTH_TOKEN": "b2" * 32}, "asks for another token than ours"),
+    ):
+        refused = join(**env)
+        assert refused.returncode == 1
+        assert f"ClusterError: the Ray cluster at address '{head.gcs}' " in refused.stderr
+        assert words in refused.stderr
+
+
 def test_a_job_outlives_its_watchers_and_a_cancelled_one_leaves_nothing(
     head: Head, short: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
