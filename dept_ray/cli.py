@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dept_ray import __version__, cli_finetune, cli_jobs, cli_live, cli_preemption, cli_region, cli_study
-from dept_ray.errors import ConfigError, DeptError
+from dept_ray.errors import ConfigError, DeptError, VocabularyError
 from dept_ray.method_names import METHOD_NAMES
 
 if TYPE_CHECKING:
@@ -141,8 +141,6 @@ def adapt(
 @click.option("--watch", is_flag=True, help="Go on showing it until it is over.")
 def status(run: str, address: str | None, watch: bool) -> None:
     """How RUN (a name under runs/, or a folder) is."""
-    import time
-
     from dept_ray.client import Run
     from dept_ray.console import ledger_table, live_table, round_line
 
@@ -155,7 +153,7 @@ def status(run: str, address: str | None, watch: bool) -> None:
         return
     now, records = handle.status(), handle.history()
     if now.silos:
-        console.print(live_table(now, records, time.monotonic()))
+        console.print(live_table(now, records))
     else:
         console.print(f"{now.run}: {now.phase}, {now.round} of {now.rounds} rounds committed")
     if now.error:
@@ -182,7 +180,10 @@ def score(run: str, text: str | None, source: str | None) -> None:
         return
     words = _read(text)
     choice = handle.choose(words)
-    record = handle.score_text(words, source or choice.source)
+    try:
+        record = handle.score_text(words, source or choice.source)
+    except VocabularyError as err:
+        raise VocabularyError(f"--text {text}: {err}") from None
     _console().print(text_table(record, choice.bits, choice.cannot, text))
 
 
@@ -339,7 +340,7 @@ def _train(job: "Job", address: str | None, console: "Console", detach: bool = F
         console.print("\nstopping after this round is committed; Ctrl-C again stops at once")
         run.stop()
     try:
-        return run.follow(console)
+        return run.follow(console, on=True)
     except KeyboardInterrupt:
         run.kill()
         console.print("\nstopped; the last committed round stands, and the same command goes on from it")

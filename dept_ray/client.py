@@ -7,8 +7,10 @@
 A run that is over is read from its folder; one in progress is asked.
 """
 
+import json
+import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -62,7 +64,7 @@ class Run:
         from dept_ray.on_ray.cluster import check_lasting, connect
         from dept_ray.on_ray.launch import Coordinator
         from dept_ray.rounds.folder import in_progress, run_folder
-        from dept_ray.rounds.methods import silos_of
+        from dept_ray.rounds.methods import resources_of, silos_of
         from dept_ray.rounds.regions import check_regions
         from dept_ray.rounds.store import RunStore
         from dept_ray.stages import shown_on
@@ -70,12 +72,13 @@ class Run:
         check_regions(job)
         if (where := in_progress(run_folder(job))) is not None:
             raise RunError(
-                f"run {job.name} is in progress ({where}): follow it with `dept-ray status {job.name} --watch`, "
+                f"run {job.name} is in progress ({told(where)}): follow it with `dept-ray status {job.name} --watch`, "
                 "or give this job another `name`"
             )
         job = begun(job)
         store = RunStore(job)  # refuses another job's folder before anything is spent
-        connect(address, silos=len(silos_of(job)), outlive=detach)
+        claims = sum(resources_of(job, silo).num_cpus for silo in silos_of(job))
+        connect(address, silos=len(silos_of(job)) + math.ceil(claims), outlive=detach)  # tasks want some besides
         check_lasting(job)
         with shown_on(console or Console()) as report:
             prepare(job, address, report)
@@ -113,9 +116,21 @@ class Run:
         from dept_ray.on_ray.launch import Coordinator
 
         opened = cls.open(run)
-        address = address or opened.address
+        nowhere = RunError(f"run {opened.job.name} is not in progress; `dept-ray train` goes on with it")
         if address is None and not connected():
-            raise RunError(f"run {opened.job.name} is not in progress; `dept-ray train` goes on with it")
+            where = opened.where()
+            if where is None:
+                raise nowhere
+            if (address := where.get("address")) is None:
+                raise RunError(
+                    f"run {opened.job.name} is in progress in one process, without Ray ({told(where)}): it is watched "
+                    "and stopped (Ctrl-C) in its own terminal alone"
+                )
+            if opened.address is None:  # nobody holds it: its coordinator is being started again, or all are gone
+                try:
+                    connect(address)
+                except ClusterError:
+                    raise nowhere from None
         connect(address)
         coordinator = Coordinator.find(opened.job.name)
         if coordinator is None:
@@ -140,6 +155,15 @@ class Run:
         phase = "training" if in_progress(self.folder) is not None else over
         return RunStatus(self.job.name, phase, rounds, self.job.rounds.total, error,
                          num_records=len(records))  # fmt: skip
+
+    def where(self) -> "dict[str, Any] | None":
+        """Who holds it (pid, host, address), or was the last to and has not told an end; None: nobody."""
+        from dept_ray.rounds.folder import in_progress
+
+        try:
+            return in_progress(self.folder) or json.loads((self.folder / "live.json").read_text())
+        except (OSError, ValueError):
+            return None
 
     @property
     def address(self) -> str | None:
@@ -345,13 +369,17 @@ class Run:
         if self._coordinator is not None:
             self._coordinator.kill()
 
-    def follow(self, console: "Console | None" = None) -> list[Record]:
+    def follow(self, console: "Console | None" = None, on: bool = False) -> list[Record]:
         """Show the run until it is over. An interrupt ends the watching, not the run.
+
+        Args:
+            console: to show it on; None: standard output.
+            on: leave out what this handle has shown.
 
         Raises:
             RunError: it failed; with its reason.
         """
-        return self._watch(console, held=False)
+        return self._watch(console, held=False, since=self._told if on else 0)
 
     def wait(self, console: "Console | None" = None) -> list[Record]:
         """Show the run until it is held (after `step` or `pause`) or over. An interrupt ends the waiting, not the run.
@@ -374,11 +402,23 @@ class Run:
             self._told = max(self._told, since)  # who asks from there on has shown what came before
             return self.new_records(since)
 
-        status, records = watch(console or Console(), self.status, tell, since=since, held=held)
+        with self._coordinator.patiently() if self._coordinator is not None else nullcontext():
+            status, records = watch(console or Console(), self.status, tell, since=since, held=held)
         self._told = len(records)
         if status.phase == "failed":
             raise RunError(f"run {status.run} failed after round {status.round}: {status.error}")
         return records
+
+
+def told(where: "dict[str, Any]") -> str:
+    """Where a run is in progress, in words.
+
+    >>> told({"pid": 12, "host": "box", "address": "10.0.0.1:6379"})
+    'process 12 on box, Ray at 10.0.0.1:6379'
+    """
+    words = [f"process {where['pid']} on {where['host']}"] if "pid" in where else []
+    words += [f"Ray at {where['address']}"] if "address" in where else []
+    return ", ".join(words) or "elsewhere"
 
 
 def stories_of(runs: "Sequence[Run]") -> "list[Story]":

@@ -1,5 +1,6 @@
 """A run in a notebook: its records as tables, its charts, its scores and its text, from the folder alone."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from tiny import ready_job
 
 from dept_ray.client import Run
 from dept_ray.config import Job
-from dept_ray.errors import ConfigError, StoreError
+from dept_ray.errors import ConfigError, RunError, StoreError
 from dept_ray.in_process import train_here
 from dept_ray.rounds.control import Control
 from dept_ray.rounds.store import RunStore
@@ -126,3 +127,16 @@ def test_a_run_without_a_round_is_not_used(tiny: Callable[..., Job]):
     for use in (Run.score, Run.sample):
         with pytest.raises(StoreError, match="no committed round yet: train first"):
             use(opened(job))
+
+
+def test_a_run_in_one_process_is_watched_there_alone(tiny: Callable[..., Job]):
+    store = RunStore(tiny("spec"))
+    store.hold()
+    with pytest.raises(RunError, match=rf"in progress in one process, without Ray \(process {os.getpid()} on .*Ctrl-C"):
+        Run.attach(store.folder)
+    with pytest.raises(RunError, match=rf"is in progress \(process {os.getpid()} on [^(){{}}]*\): follow it"):
+        Run.start(store.job)
+    store.let_go()
+    (store.folder / "live.json").write_text('{"pid": 1, "host": "gone", "address": "127.0.0.1:9"}')
+    with pytest.raises(RunError, match="is not in progress; `dept-ray train` goes on with it"):
+        Run.attach(store.folder)

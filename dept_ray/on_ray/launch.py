@@ -1,11 +1,13 @@
 """Starting a run's coordinator on a cluster, and finding it again."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from uuid import uuid4
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from dept_ray.config import Job
 from dept_ray.errors import ClusterError
@@ -24,6 +26,16 @@ class Coordinator:
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
+        self._patience_s: float | None = 120.0
+
+    @contextmanager
+    def patiently(self) -> Iterator[None]:
+        """Within, an answer is waited for, however long: who watches a run does not end it because it is slow."""
+        before, self._patience_s = self._patience_s, None
+        try:
+            yield
+        finally:
+            self._patience_s = before
 
     @classmethod
     def start(cls, job: Job, detach: bool) -> "Coordinator":
@@ -109,7 +121,12 @@ class Coordinator:
 
     def _ask(self, method: str, *args: Any) -> Any:
         try:
-            return ray.get(getattr(self._actor, method).remote(*args), timeout=120)
+            return ray.get(getattr(self._actor, method).remote(*args), timeout=self._patience_s)
+        except GetTimeoutError:
+            raise ClusterError(
+                f"the run's coordinator has not answered for {self._patience_s:g} s: its process stands still, or its "
+                "machine has no time for it; the run may be well, ask again"
+            ) from None
         except RayActorError as err:
             raise ClusterError(
                 f"the run's coordinator is gone ({type(err).__name__}); its last committed round stands"

@@ -8,6 +8,7 @@ import queue
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -19,9 +20,10 @@ from dept_ray.config import Job
 from dept_ray.errors import ClusterError, DeptError, ShardError, SiloError, discreet
 from dept_ray.messages import SiloCard, SiloSpec, SiloStatus
 from dept_ray.on_ray.actors import SiloActor, explain
-from dept_ray.on_ray.cluster import leaving_nodes
+from dept_ray.on_ray.cluster import has_labels, leaving_nodes
 from dept_ray.rounds.methods import method_of, resources_of
 from dept_ray.rounds.pool import MakeSilo, without_other_newcomers
+from dept_ray.sections import Resources
 from dept_ray.silo.reading import open_corpora
 from dept_ray.text.prepare import prepare, tokenizer_kind
 
@@ -45,6 +47,8 @@ class Places:
         self._opening: dict[str, tuple[Any, float, bool]] = {}
         """Silos that were placed and have not shown their card yet: (reference, since when, whether to wait for it)."""
         self._tries: dict[str, int] = {}
+        self._homes: dict[str, str] = {}
+        """The nodes that were chosen here."""
         self._preparing: set[str] = set()
         self._one_at_a_time = threading.Lock()
         self._prepared: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -133,7 +137,7 @@ class Places:
     def place(self, name: str, hold_up: bool = True) -> None:
         """Ask Ray for a silo; `hold_up`: whether a round may wait for it, for a while."""
         resources = resources_of(self.job, name)
-        options: dict[str, Any] = {"label_selector": resources.labels} if resources.labels else {}
+        options = self._where(name, resources)
         as_actor: Any = ray.remote
         actor = as_actor(concurrency_groups={"control": 2})(SiloActor).options(
             num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, max_restarts=0, max_task_retries=0, **options,
@@ -141,6 +145,29 @@ class Places:
         self.actors[name] = actor
         self._opening[name] = (actor.card.remote(), time.monotonic(), hold_up)
         self.note(SiloStatus(name, "starting"))
+
+    def _where(self, name: str, resources: Resources) -> dict[str, Any]:
+        """Ray's options: a node with its labels; of who asks for no resources, the one with the fewest for its cores.
+
+        For those Ray chooses by chance, also a node that runs no task, where nobody would read their text.
+        """
+        labels = resources.labels
+        anywhere: dict[str, Any] = {"label_selector": labels} if labels else {}
+        self._homes.pop(name, None)
+        if resources.num_cpus or resources.num_gpus:
+            return anywhere
+        leaving, taken = leaving_nodes(), Counter(self._homes.values())
+        cores = {
+            node["NodeID"]: node["Resources"].get("CPU", 0.0)
+            for node in ray.nodes()
+            if node["Alive"] and has_labels(node, labels) and node["NodeID"] not in leaving
+        }
+        room = [(-(taken[node] + 1) / cpus, node) for node, cpus in cores.items() if cpus >= 1]
+        if not room:
+            return anywhere
+        self._homes[name] = max(room)[1]
+        here = {**labels, "ray.io/node-id": self._homes[name]}
+        return {"label_selector": here, "fallback_strategy": [{"label_selector": labels}]}
 
     def place_anew(self, name: str) -> None:
         """Give up a silo's process, whatever it is doing, and make another."""

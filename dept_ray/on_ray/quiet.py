@@ -1,6 +1,6 @@
 """Ray Data's manners, seen to before its first dataset: in order, bounded, without bars, no burden to a silo's node.
 
-Settings are per process. Two actors of its own are per cluster, and their place is chosen here.
+Settings are per process. Some actors of its own are per cluster, and their place is chosen here.
 """
 
 import logging
@@ -11,12 +11,14 @@ from functools import cache
 from typing import Any
 
 import ray
+from ray._common.usage.usage_lib import usage_stats_enabled
 from ray.data import DataContext, ExecutionResources
 from ray.data._internal.cluster_autoscaler import CLUSTER_AUTOSCALER_ENV_KEY
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import _AutoscalingCoordinatorActor
 from ray.data._internal.cluster_autoscaler.default_cluster_autoscaler_v2 import DefaultClusterAutoscalerV2
 from ray.data._internal.remote_fn import CACHED_FUNCTIONS
 from ray.data._internal.stats import STATS_ACTOR_NAME, STATS_ACTOR_NAMESPACE, _StatsActor
+from ray.data._internal.usage.actor import _UsageCollectionActor
 
 FORGET_AFTER_S = 30
 """How long the share of the cluster that a dataset claims outlives one that was killed; who lives claims it anew every
@@ -44,7 +46,7 @@ def quiet_ray_data() -> None:
 
 @cache
 def house_ray_data() -> None:
-    """Let Ray Data's two actors live on the cluster's head, whoever makes the first dataset; once per process.
+    """Let Ray Data's own actors live on the cluster's head, whoever makes the first dataset; once per process.
 
     They outlive every run, and by Ray's own choice they live where the first dataset was made: on a silo's node, which
     would then never be idle, and cost money until someone sees it.
@@ -60,6 +62,11 @@ def house_ray_data() -> None:
         name="AutoscalingCoordinator", namespace="AutoscalingCoordinator", max_restarts=-1, max_task_retries=-1,
         **on_the_head, **found_by_name,
     ).remote()  # fmt: skip
+    if usage_stats_enabled():  # else there is none
+        usage: Any = ray.remote(_UsageCollectionActor)
+        usage.options(
+            name="DataUsageCollectionActor", namespace="DataUsageCollectionActor", **on_the_head, **found_by_name
+        ).remote()
 
 
 @contextmanager

@@ -16,16 +16,20 @@ import ctypes
 import fcntl
 import os
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 import torch
 
 from dept_ray.silo.loss import loss_of_chunk
 from dept_ray.silo.model import LanguageModel
+
+_LOOK_EVERY_S = 0.05
 
 LossOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(B, T) ids and targets -> summed nats."""
@@ -99,16 +103,28 @@ def load_in_this_process() -> None:
 
 
 @contextmanager
-def one_before_the_others(lock: Path | None = None) -> Iterator[None]:
+def one_before_the_others(lock: Path | None = None, patience_s: float = 300.0) -> Iterator[None]:
     """Whoever comes first on this machine goes alone; who comes meanwhile waits until it is out, and all go together.
 
     Args:
         lock: a file that all of them can write; None: one of this user's.
+        patience_s: how long to wait: who is in may stand still.
     """
+    until = time.monotonic() + patience_s
     with open(lock or Path(tempfile.gettempdir()) / f"dept-ray-compiles-{os.getuid()}", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            fcntl.flock(file, fcntl.LOCK_SH)
-            fcntl.flock(file, fcntl.LOCK_UN)
+            while time.monotonic() < until and not _is_free(file):
+                time.sleep(_LOOK_EVERY_S)
         yield  # closing the file lets go, and so does dying
+
+
+def _is_free(file: IO[str]) -> bool:
+    """Whether nobody has locked it for itself."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    fcntl.flock(file, fcntl.LOCK_UN)
+    return True

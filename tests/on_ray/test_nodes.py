@@ -6,12 +6,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 from contract import Harness, endure_once
 from faulty_silo import FaultySilo
@@ -187,6 +189,17 @@ def test_the_coordinator_is_started_where_its_folder_is_and_nowhere_else(prepare
         assert f"run folder {run.folder} is not on the node" in run.status().error
         run.kill()
     assert not run.folder.exists()
+
+
+def test_silos_that_ask_for_nothing_are_spread_over_cores(prepared, tmp_path):
+    """By Ray's own choice, which is by chance, all of them may be on one node."""
+    with cluster_of("a", "b", "c"):
+        run = Run.start(smallest(prepared, tmp_path, "spec", rounds={"total": 999}))
+        until(lambda: sum(silo.node != "" for silo in run.status().silos.values()) == 3)
+        taken = Counter(silo.node for silo in run.status().silos.values())
+        cores = {node["NodeID"]: node["Resources"]["CPU"] for node in ray.nodes()}
+        run.kill()
+    assert all(taken[node] <= cores[node] for node in taken), (taken, cores)
 
 
 def test_the_head_is_lost_and_the_run_goes_on_on_another_cluster(prepared, tmp_path):

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray._common.usage.usage_lib import usage_stats_enabled
 from ray.data import DataContext
 from ray.data._internal.cluster_autoscaler import (
     CLUSTER_AUTOSCALER_ENV_KEY,
@@ -14,6 +15,7 @@ from ray.data._internal.cluster_autoscaler import (
 )
 from ray.data._internal.cluster_autoscaler.util import cap_resource_request_to_limits
 from ray.data._internal.stats import get_or_create_stats_actor
+from ray.data._internal.usage.actor import get_or_create_usage_collection_actor
 
 from dept_ray.on_ray.quiet import house_ray_data, quiet_ray_data
 
@@ -58,4 +60,6 @@ def test_the_actors_that_ray_data_finds_are_those_that_were_housed() -> None:
     before = ray.util.list_named_actors(all_namespaces=True)
     assert get_or_create_stats_actor() is not None
     assert get_or_create_autoscaling_coordinator() is not None
+    if usage_stats_enabled():
+        assert get_or_create_usage_collection_actor() is not None
     assert ray.util.list_named_actors(all_namespaces=True) == before

@@ -1,5 +1,6 @@
 """Compiled before the first step, by one process before the others, and without a trace in the model."""
 
+import fcntl
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from dept_ray.sections import ModelSection
-from dept_ray.silo.compiling import compile_now, compiled_loss
+from dept_ray.silo.compiling import compile_now, compiled_loss, one_before_the_others
 from dept_ray.silo.model import Body, Embedding, LanguageModel, initialise
 
 ONE = """
@@ -83,3 +84,10 @@ def test_the_first_goes_alone_and_the_others_together(tmp_path: Path) -> None:
     for name in ("second", "third"):
         (tmp_path / f"go-{name}").touch()
     assert [process.wait() for process in (first, *others)] == [0, 0, 0]
+
+
+def test_nobody_waits_for_ever_for_one_who_stands_still(tmp_path: Path) -> None:
+    with open(tmp_path / "lock", "a") as stands_still:
+        fcntl.flock(stands_still, fcntl.LOCK_EX)
+        with one_before_the_others(tmp_path / "lock", patience_s=0.2):
+            pass
