@@ -8,6 +8,7 @@ import math
 import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from statistics import median
 
 from rich import box
@@ -25,6 +26,8 @@ _INDENT = 14
 """Columns of a line's label: `round    12   `."""
 _TIMED_ROUNDS = 5
 """The time left follows the median of so many last rounds: an odd one does not move it."""
+_OF_A_ROUND = ("loading", "scoring", "compiling", "training", "saving", "going ahead")
+"""What no silo does between two rounds; who is asked seldom may have said it last."""
 
 
 def human(number: float, unit: str = "") -> str:
@@ -82,7 +85,7 @@ def round_line(record: Record) -> Text:
     rate = sum(silo["tokens"] for silo in record["silos"].values()) / max(record["seconds"], 1e-9)
     lines = [_bits(_label("before", record), record)] if record.get("scores") else []
     lines.append(
-        _label("round", record) + f"loss {record['loss']:.4f}   {human(rate)} tokens/s   "
+        _label("round", record) + f"loss {_figure(record['loss'], 4)}   {human(rate)} tokens/s   "
         f"sent {human(sent['down'] + sent['up'], 'B')}   {record['seconds']:.1f} s{_mfu('   ', record)}"
     )
     lines += [_filled("", told) for told in _losses(record)]
@@ -117,10 +120,10 @@ def ledger_table(record: Record) -> Table:
     for name, silo in record["silos"].items():
         seconds = silo.get("seconds", {})
         table.add_row(
-            name, str(silo["steps"]), f"{silo['loss']:.3f}", _number(silo.get("norm") or math.nan, 2),
-            _number(silo["cosine"] if silo.get("cosine") is not None else math.nan, 2),
+            name, str(silo["steps"]), _figure(silo["loss"], 3), _number(silo.get("norm") or None, 2),
+            _number(silo.get("cosine"), 2),
             human(silo["down_bytes"]), human(silo["up_bytes"]),
-            *(_number(seconds.get(what, math.nan), 1) for what in ("train", "send", "wait")),
+            *(_number(seconds.get(what), 1) for what in ("train", "send", "wait")),
         )  # fmt: skip
     rate = sum(_flops_per_s(silo) for silo in record["silos"].values())
     told = [f"while they trained: {human(rate, 'FLOP/s')}{_mfu(', ', record)}"] if rate else []
@@ -142,13 +145,13 @@ def _label(word: str, record: Record) -> str:
 def _bits(label: str, record: Record) -> str:
     """Bits per byte: the mean and, where there are several sources, each: beside it, or in aligned columns below.
 
-    A source with a star is held out: it is not in the mean.
+    A source with a star is held out: it is not in the mean. A dash stands where nothing was scored.
     """
     bits = {
-        source + "*" * score.get("held_out", False): f"{score['bits_per_byte']:.3f}"
+        source + "*" * score.get("held_out", False): _figure(score["bits_per_byte"], 3)
         for source, score in record["scores"].items()
     }
-    first = f"{label:<{_INDENT}}{record['mean']['bits_per_byte']:.3f} bits/byte"
+    first = f"{label:<{_INDENT}}{_figure(record['mean']['bits_per_byte'], 3)} bits/byte"
     if len(bits) < 2:
         return first
     beside = f"{first}: {', '.join(f'{source} {figure}' for source, figure in bits.items())}"
@@ -169,13 +172,13 @@ def _filled(label: str, words: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------ the live table
-def live_table(status: RunStatus, records: list[Record], began: float) -> RenderableType:
+def live_table(status: RunStatus, records: list[Record], began: float | None = None) -> RenderableType:
     """A run in progress: its headline and a line per silo.
 
     Args:
         status: of now.
         records: of all rounds so far.
-        began: `time.monotonic()` when somebody began to watch.
+        began: `time.monotonic()` when somebody began to watch; None: nobody did, and no time is told.
     """
     rounds = [record for record in records if record["event"] == "round"]
     bits = _latest_bits(records)
@@ -187,6 +190,8 @@ def live_table(status: RunStatus, records: list[Record], began: float) -> Render
     silos = status.silos or {name: SiloStatus(name, "") for record in rounds for name in record["silos"]}
     rate, sent = 0.0, 0
     for name, silo in sorted(silos.items()):
+        if status.phase == "paused" and silo.doing in _OF_A_ROUND:
+            silo = replace(silo, doing="waiting")
         mine = [record["silos"][name] for record in rounds if name in record["silos"]]
         last = mine[-1] if mine else {}
         training = silo.trains
@@ -196,7 +201,7 @@ def live_table(status: RunStatus, records: list[Record], began: float) -> Render
         rate, sent = rate + my_rate, sent + my_sent
         table.add_row(
             name, silo.doing, f"{silo.step}/{silo.steps}" if training else "",
-            _number(silo.loss if math.isfinite(silo.loss) else last.get("loss", math.nan), 3),
+            _number(silo.loss if _of_now(silo, status) else last.get("loss"), 3),
             _number(_mean([bits[source] for source in sources if source in bits]), 3),
             human(my_rate) if my_rate else "", _number(max(sources.values()), 2),
             human(my_sent, "B") if my_sent else "",
@@ -209,18 +214,23 @@ def live_table(status: RunStatus, records: list[Record], began: float) -> Render
     return Group(_headline(status, rounds, began), table)
 
 
-def _headline(status: RunStatus, rounds: list[Record], began: float) -> RenderableType:
+def _of_now(silo: SiloStatus, status: RunStatus) -> bool:
+    """Whether the loss that a silo tells is of a round that the ledger does not have yet."""
+    return math.isfinite(silo.loss) and silo.round >= status.round and not status.over
+
+
+def _headline(status: RunStatus, rounds: list[Record], began: float | None) -> RenderableType:
     done = status.round + _share_of_round(status)
     if status.over or status.round >= status.rounds:
         where = f"{status.round} of {status.rounds} rounds"
     else:
         where = f"round {status.round + 1} of {status.rounds}"
-    times = f"{duration(time.monotonic() - began)} so far"
+    times = [] if began is None else [f"{duration(time.monotonic() - began)} so far"]
     left = seconds_left(status, rounds)
     if left is not None:
-        times += f", about {duration(left)} left"
+        times.append(f"about {duration(left)} left")
     text = Text(no_wrap=True, overflow="ellipsis")
-    text.append(status.run, "bold").append(f"  {status.phase}  {where}  ").append(times, "dim")
+    text.append(status.run, "bold").append(f"  {status.phase}  {where}  ").append(", ".join(times), "dim")
     bar = ProgressBar(total=max(1, status.rounds), completed=min(done, status.rounds), width=WIDTH - 4)
     return Group(text, Padding(bar, (0, 0, 1, 0)))
 
@@ -249,15 +259,21 @@ def _share_of_round(status: RunStatus) -> float:
 
 def _latest_bits(records: list[Record]) -> dict[str, float]:
     """Bits per byte of each source when it was last measured: silos that rest are not measured every time."""
-    return {source: s["bits_per_byte"] for record in records for source, s in record.get("scores", {}).items()}
+    bits = {source: s["bits_per_byte"] for record in records for source, s in record.get("scores", {}).items()}
+    return {source: value for source, value in bits.items() if value is not None and math.isfinite(value)}
 
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def _number(value: float, digits: int) -> str:
-    return f"{value:.{digits}f}" if math.isfinite(value) else ""
+def _number(value: float | None, digits: int) -> str:
+    return f"{value:.{digits}f}" if value is not None and math.isfinite(value) else ""
+
+
+def _figure(value: float | None, digits: int) -> str:
+    """A figure that is looked for: a dash where there is none."""
+    return _number(value, digits) or "–"
 
 
 def watch(
@@ -328,15 +344,17 @@ def score_table(record: Record, title: str) -> Table:
     for source, s in record["scores"].items():
         told = f"{source} (held out)" if s.get("held_out") else source
         table.add_row(
-            told, f"{s['loss']:.4f}", f"{s['perplexity']:.1f}", f"{s['bits_per_byte']:.4f}",
-            f"{s['unigram_bits_per_byte']:.4f}", f"{s['normalised']:.4f}", human(s["tokens"]),
+            told, _figure(s["loss"], 4), _figure(s["perplexity"], 1), _figure(s["bits_per_byte"], 4),
+            _figure(s["unigram_bits_per_byte"], 4), _figure(s["normalised"], 4), human(s["tokens"]),
         )  # fmt: skip
     mean = record["mean"]
     table.add_section()
-    table.add_row("mean", "", f"{mean['perplexity']:.1f}", f"{mean['bits_per_byte']:.4f}", style="bold")
-    table.add_row("as one text", f"{mean['pooled_loss']:.4f}", "", f"{mean['pooled_bits_per_byte']:.4f}")
+    table.add_row("mean", "", _figure(mean["perplexity"], 1), _figure(mean["bits_per_byte"], 4), style="bold")
+    table.add_row("as one text", _figure(mean["pooled_loss"], 4), "", _figure(mean["pooled_bits_per_byte"], 4))
     if aside := record.get("mean_held_out"):
-        table.add_row("mean of held out", "", f"{aside['perplexity']:.1f}", f"{aside['bits_per_byte']:.4f}")
+        table.add_row("mean of held out", "", _figure(aside["perplexity"], 1), _figure(aside["bits_per_byte"], 4))
+    if not record["scores"] and not record.get("refused"):
+        table.caption = "no validation text: give a source validation_paths, or a validation_share"
     return table
 
 
@@ -353,7 +371,9 @@ def text_table(score: Record, unigram_bits: Mapping[str, float], cannot: Sequenc
     for source, bits in unigram_bits.items():
         mine = source == score["source"]
         figures = (
-            (f"{score['bits_per_byte']:.4f}", f"{score['perplexity']:.1f}", human(score["tokens"])) if mine else ()
+            (_figure(score["bits_per_byte"], 4), _figure(score["perplexity"], 1), human(score["tokens"]))
+            if mine
+            else ()
         )
         table.add_row(source, f"{bits:.4f}", *figures, style="bold" if mine else None)
     if cannot:

@@ -217,7 +217,7 @@ class SiloStatus:
     step: int = 0
     steps: int = 0
     loss: float = float("nan")
-    """Latest mean training loss that was read, nats per token."""
+    """Latest mean training loss of its round that was read, nats per token; nan: none was yet."""
     tokens_per_s: float = 0.0
     node: str = ""
     """Ray's id of the node that it is on; empty in process, or while it has no place."""

@@ -5,6 +5,7 @@ and what was cut off goes on: the same call again does the rest.
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
@@ -86,7 +87,8 @@ def run_study(study: Study, train: Train, retry: bool = False, tell: Tell = sile
         with closing(train(due)) as over:
             for job, error in over:
                 outcomes[job.name] = outcome = _outcome(job, error)
-                told = f"{outcome.worth:.4f} bits/byte, {outcome.seconds:.0f} s of rounds"
+                worth = f"{outcome.worth:.4f}" if math.isfinite(outcome.worth) else "–"  # diverged, or never measured
+                told = f"{worth} bits/byte, {outcome.seconds:.0f} s of rounds"
                 tell(f"{job.name}: {outcome.error or told}")
                 write_tables(study, cells_of(study, outcomes), outcomes)
 

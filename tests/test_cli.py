@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from tiny import SOURCES, document, tiny_job
+from tiny import SOURCES, document, tiny_job, write_texts
 
 from dept_ray import __version__
 from dept_ray.cli import main
@@ -213,6 +213,22 @@ def test_training_tells_rounds_and_ends_with_a_table(tmp_path):
     assert any(line.startswith("final ") for line in again)
 
 
+def test_a_run_without_validation_text_is_told_to_its_end(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sources = [{"name": t["name"], "kind": "files", "paths": t["paths"], "validation_share": 0.0}
+               for t in write_texts(tmp_path / "text")]  # fmt: skip
+    path = write_job(tmp_path, rounds={"total": 1}, sources=sources)
+    one = tmp_path / "one.toml"
+    one.write_text("[[sources]]\n" + "\n".join(f"{key} = {json.dumps(value)}" for key, value in sources[0].items()))
+    told = [
+        said("train", "--local", path), said("status", "tiny-spec"), said("score", "tiny-spec"),
+        said("score", "tiny-spec", "--source", "latin"), said("adapt", "--local", "runs/tiny-spec", one),
+    ]  # fmt: skip
+    assert all("–" in text for text in told)
+    assert not any("nan" in text or "None" in text for text in told)
+    assert "no validation text: give a source validation_paths, or a validation_share" in told[2]
+
+
 def test_the_status_of_a_run_that_is_over(run, monkeypatch):
     monkeypatch.chdir(run.parents[1])
     lines = said("status", "tiny-spec").splitlines()
@@ -265,6 +281,9 @@ def test_a_text_is_scored_by_the_source_it_is_like_and_every_source_s_figure_is_
     rows = {line[0]: line[1:] for line in told if line and line[0] in ("code", "latin", "numbers")}
     assert next(iter(rows)) == "latin"
     assert [len(row) for row in rows.values()] == [4, 1, 1], "only the one that was chosen has a model's figures"
+    file.write_text("lorus ZQ", encoding="utf-8")
+    told = refused("score", run, "--text", file, "--source", "latin")
+    assert told.startswith(f"VocabularyError: --text {file}: the text holds 'Q', 'Z', which source latin never does")
     file.write_text("")
     assert refused("score", run, "--text", file) == "ConfigError: the text to be scored is empty"
     file.write_bytes(b"\xff")

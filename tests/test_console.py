@@ -3,6 +3,7 @@
 import doctest
 import io
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -114,6 +115,37 @@ def test_many_sources_stand_in_columns():
     assert len(ends) == 1, "figures below each other"
 
 
+def nothing_scored(number: float | None) -> dict[str, Any]:
+    """The last record of a run without validation text: nan as it is made, None as it is read."""
+    mean = dict.fromkeys(("bits_per_byte", "perplexity", "pooled_bits_per_byte", "pooled_loss"), number)
+    return {"event": "scores", "run": "demo", "round": 9, "scores": {}, "mean": mean}
+
+
+@pytest.mark.parametrize("number", [math.nan, None])
+def test_a_dash_stands_where_nothing_was_scored(number: float | None):
+    record = nothing_scored(number)
+    assert str(round_line(record)) == "final         – bits/byte"
+    lines = shown(score_table(record, "title")).splitlines()
+    assert [line.split() for line in lines[-3:-1]] == [["mean", "–", "–"], ["as", "one", "text", "–", "–"]]
+    assert lines[-1].startswith("no validation text: ")
+    assert "no validation text" not in shown(score_table({**record, "refused": {"de": "not there"}}, "title"))
+    aside = {**final(("irc",)), "mean": record["mean"], "mean_held_out": final(("irc",))["mean"]}
+    aside["scores"]["irc"] |= {"held_out": True, "perplexity": number}
+    assert str(round_line(aside)) == "final         – bits/byte"
+    told = [line.split() for line in shown(score_table(aside, "title")).splitlines()]
+    assert ["mean", "–", "–"] in told
+    assert ["irc", "(held", "out)", "2.0000", "–", "2.0000", "2.5000", "-0.8000", "1.23M"] in told
+
+
+def test_a_round_without_figures_has_dashes():
+    record = a_round(1, ("a",), loss=None)
+    record["silos"]["a"]["loss"] = None
+    record["scores"]["a"]["bits_per_byte"] = None
+    assert "loss –   " in str(round_line(record))
+    assert shown(ledger_table(record)).splitlines()[-1].split()[:3] == ["a", "100", "–"]
+    assert "nan" not in shown(live_table(status(("a",)), [record], 0.0))
+
+
 def test_a_silo_left_out_is_told_with_its_reason_as_it_is():
     reason = "SiloError: answers ('run', [/b]) and not [red]what was asked[/red], " + "at length " * 10
     text = shown(round_line(a_round(1, refused={"docs": reason})))
@@ -156,6 +188,34 @@ def test_the_live_table_says_what_is_known():
     assert header.split() == ["silo", "doing", "step", "loss", "bits/byte", "tokens/s", "epochs", "sent"]
     assert docs == ["docs", "training", "50/100", "3.456", "2.143", "12.3k", "0.25", "12.0", "MB"]
     assert everybody == ["all", "3.210", "2.214", "49.4k", "48.0", "MB"]
+
+
+def row_of(name: str, now: RunStatus, records: list[dict[str, Any]]) -> list[str]:
+    (line,) = (line for line in shown(live_table(now, records)).splitlines() if line.startswith(name))
+    return line.split()
+
+
+def test_a_live_loss_is_of_the_round_in_progress_or_that_of_the_ledger_stands():
+    silo = SiloStatus("a", "training", 1, 50, 100, 9.999, 1.0)
+    assert row_of("a", RunStatus("demo", "training", 1, 9, silos={"a": silo}), [a_round(1, ("a",))])[3] == "9.999"
+    later = RunStatus("demo", "training", 2, 9, silos={"a": silo})
+    assert row_of("a", later, [a_round(1, ("a",)), a_round(2, ("a",))])[3] == "3.210", "it was read a round ago"
+    unread = RunStatus("demo", "training", 1, 9, silos={"a": replace(silo, loss=math.nan)})
+    assert row_of("a", unread, [a_round(1, ("a",))])[3] == "3.210"
+
+
+def test_a_silo_of_a_paused_run_waits():
+    assert row_of("cpp", status(phase="paused", step=0), [a_round(1), a_round(2)])[:3] == ["cpp", "waiting", "3.456"]
+    text = shown(live_table(status(phase="paused", step=0), [a_round(1)]))
+    assert "training" not in text
+    assert "12.3k" not in text, "it makes no tokens"
+    assert row_of("cpp", status(phase="paused", doing="starting"), [a_round(1)])[1] == "starting"
+
+
+def test_who_only_looks_once_is_told_no_time_so_far():
+    assert "so far" not in shown(live_table(status(), [a_round(1)]))
+    assert shown(live_table(status(), [a_round(1)])).splitlines()[0].endswith("round 3 of 9  about 6:30 left")
+    assert "so far, about 6:30 left" in shown(live_table(status(), [a_round(1)], 0.0))
 
 
 def test_the_live_table_before_anything_is_known():

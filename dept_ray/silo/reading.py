@@ -38,14 +38,20 @@ def open_stream(job: Job, spec: SiloSpec, corpora: Mapping[str, Corpus], read: R
         SiloError: a source is smaller than a batch.
     """
     inner, trained = job.inner, {name: corpora[name].train for name in spec.sources}
-    streams = {n: Stream(n, int(train.starts(inner.context)[-1]), job.seed) for n, train in trained.items()}
-    for name, stream in streams.items():
-        if stream.num_blocks < inner.batch_size:
+    blocks = {name: int(train.starts(inner.context)[-1]) for name, train in trained.items()}
+    for name, count in blocks.items():
+        if count == 0:
             raise SiloError(
-                f'source "{name}" has {stream.num_blocks} blocks of {inner.context} tokens, fewer than one batch '
+                f'source "{name}" has no whole block of the context: inner.context = {inner.context:,}, and its '
+                f"training text is {trained[name].tokens:,} tokens; lower inner.context, or give it more text"
+            )
+        if count < inner.batch_size:
+            raise SiloError(
+                f'source "{name}" has {count} blocks of {inner.context} tokens, fewer than one batch '
                 f"(inner.batch_size = {inner.batch_size}): lower inner.batch_size or inner.context, "
                 "or give it more text"
             )
+    streams = {name: Stream(name, count, job.seed) for name, count in blocks.items()}
     here: Read = lambda name, blocks: trained[name].read(blocks, inner.context)  # noqa: E731
     weights = {n: job.source(n).weight * train.tokens**job.mixture.temperature for n, train in trained.items()}
     return MixedStream(streams, weights, inner.batch_size, inner.context, job.seed, read or here, here)

@@ -5,7 +5,7 @@ Bits per byte is the headline: it compares across vocabularies, perplexity does 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -37,15 +37,12 @@ def score_corpus(
 
 
 def score_text(
-    model: LanguageModel, text: str, corpus: Corpus, vocabulary: Vocabulary, context: int, rows: int, hardware: Hardware
-) -> Score:
-    """Cross-entropy of any text after a beginning, as `score_corpus`; its end is not predicted.
-
-    Raises:
-        VocabularyError: it holds a token that the vocabulary has not.
-    """
-    ids = [corpus.end_of_text, *corpus.tokenizer.encode(text, add_special_tokens=False).ids]
-    batches = windows(np.array(ids), context, rows)
+    model: LanguageModel, text: str, ids: Sequence[int], corpus: Corpus, vocabulary: Vocabulary, context: int,
+    rows: int, hardware: Hardware,
+) -> Score:  # fmt: skip
+    """Cross-entropy of any text, cut into `ids` that the vocabulary has, after a beginning, as `score_corpus`; its end
+    is not predicted."""
+    batches = windows(np.array([corpus.end_of_text, *ids]), context, rows)
     return _score(model, batches, corpus, vocabulary, len(text.encode()), hardware)
 
 

@@ -6,6 +6,7 @@ that ran ahead of a lost round, died, or moved to another machine continues exac
 Knows nothing of other silos, of the outer step, or of Ray.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -33,6 +34,7 @@ from dept_ray.silo.snapshot import load_snapshot, prune_snapshots, save_snapshot
 from dept_ray.silo.team import ALONE, Team
 from dept_ray.silo.wire import Shared, Wire
 from dept_ray.text.stream import Position, Read
+from dept_ray.text.tokenizer import check_rows
 
 NEVER = (-1, -1)
 """The round and attempt that nobody stops."""
@@ -195,9 +197,11 @@ class Silo:
         Raises:
             VocabularyError: it holds a token that a trimmed vocabulary has not.
         """
-        context, rows = self.job.inner.context, self._rows_scored
+        context, rows, corpus = self.job.inner.context, self._rows_scored, self.corpora[source]
+        ids = corpus.tokenizer.encode(text, add_special_tokens=False).ids
+        check_rows(self.vocabulary, corpus.tokenizer, ids, "the text", source)
         with self._learner.on_device() as model:
-            return score_text(model, text, self.corpora[source], self.vocabulary, context, rows, self.hardware)
+            return score_text(model, text, ids, corpus, self.vocabulary, context, rows, self.hardware)
 
     @property
     def _rows_scored(self) -> int:
@@ -288,6 +292,8 @@ class Silo:
     # ------------------------------------------------------------------------------------ the rest
     def _say(self, doing: str, order: RoundOrder, **more: float) -> None:
         now: dict[str, Any] = {"doing": doing, "round": order.round, "steps": order.steps, "step": 0, **more}
+        if order.round != self._status.round:
+            now = {"loss": math.nan, **now}  # that of another round
         self._status = replace(self._status, **now)
 
     @contextmanager

@@ -2,7 +2,8 @@
 
 An adaptation is a run like any other, of the same trainer, that begins from another run's body (`[init]`). Here stand
 only its defaults: the same model, one silo on the mixture of all sources with a global vocabulary, a fifth of the
-steps, the peak learning rate of the run for a random embedding and half of it for its own.
+steps, the peak learning rate of the run for a random embedding and half of it for its own, and as much warm-up for as
+many steps.
 """
 
 import math
@@ -12,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from dept_ray.config import Job
+from dept_ray.errors import ConfigError
 from dept_ray.jobfile import load_job
 from dept_ray.rounds.changes import changed
-from dept_ray.rounds.folder import last_round, load_round, read_job
+from dept_ray.rounds.folder import committed, last_round, load_round, read_job, run_folder
 from dept_ray.rounds.origin import tokenizer_file
 
 SHARE_OF_STEPS = 0.2
@@ -30,12 +32,18 @@ def adapt_job(run: Path, file: str | Path, **overrides: Any) -> Job:
         overrides: replace what the file says, such as `init={"embedding": "own"}`.
 
     Raises:
-        ConfigError: the file does not describe a job.
+        ConfigError: the file does not describe a job, or the run has not the round that it names.
         StoreError: the run has no committed round.
     """
     state, _ = load_round(run, last_round(run))
     overrides["init"] = {**overrides.get("init", {}), "run": str(run.absolute())}
-    return load_job(file, partial(adaptation, changed(read_job(run), state.changes)), **overrides)
+    job = load_job(file, partial(adaptation, changed(read_job(run), state.changes)), **overrides)
+    rounds = committed(run)
+    # An adaptation that has begun holds a copy of what it was made of.
+    if job.init.round not in (None, *rounds) and not committed(run_folder(job)):
+        known = ", ".join(map(str, rounds))
+        raise ConfigError(f"init.round = {job.init.round}: run {run} does not have it (any more); it has {known}")
+    return job
 
 
 def adaptation(run: Job, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,7 +54,8 @@ def adaptation(run: Job, values: Mapping[str, Any]) -> dict[str, Any]:
         values: of the job file.
     """
     own = values.get("init", {}).get("embedding") == "own"
-    steps = values.get("inner", {}).get("local_steps", run.inner.local_steps)
+    steps = _count(values, "inner", "local_steps", run.inner.local_steps)
+    total = math.ceil(SHARE_OF_STEPS * run.total_steps / steps)
     return {
         "name": f"{run.name}-adapted",
         "folder": run.folder,
@@ -58,9 +67,22 @@ def adaptation(run: Job, values: Mapping[str, Any]) -> dict[str, Any]:
             "local_steps": steps,
             "batch_size": run.inner.batch_size,
             "context": run.inner.context,
+            "warmup_steps": _warmup(run, steps * _count(values, "rounds", "total", total)),
         },
-        "rounds": {"total": math.ceil(SHARE_OF_STEPS * run.total_steps / steps)},
+        "rounds": {"total": total},
     }
+
+
+def _count(values: Mapping[str, Any], section: str, key: str, default: int) -> int:
+    """What a job file says, or the default; also for what is no count, which is refused when the job is made."""
+    found = values.get(section, {}).get(key)
+    return found if isinstance(found, int) and found > 0 else default
+
+
+def _warmup(run: Job, steps: int) -> int:
+    """The run's warm-up in proportion to the steps, a tenth of them at most; at least one where the run has some."""
+    mine = round(run.inner.warmup_steps * steps / run.total_steps)
+    return min(max(1, min(mine, steps // 10)), run.inner.warmup_steps)
 
 
 def _tokenizer(run: Job, own: bool) -> dict[str, Any]:

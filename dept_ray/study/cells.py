@@ -174,7 +174,8 @@ def _adaptations(study: Study, base: _Base, body: Cell) -> list[Cell]:
         if own and not method.global_embedding:
             continue
         # Of the body's own job: model, learning rate and, where rows keep their meaning, tokenizer. All else is alike.
-        shape = {key: getattr(base.job.inner, key) for key in ("local_steps", "batch_size", "context")}
+        keys = ("local_steps", "batch_size", "context", "warmup_steps")
+        shape = {key: getattr(base.job.inner, key) for key in keys}
         alike = {
             "rounds": base.job.rounds,
             "inner": body.job.inner.model_copy(update=shape),
@@ -182,6 +183,8 @@ def _adaptations(study: Study, base: _Base, body: Cell) -> list[Cell]:
             "tokenizer": body.job.tokenizer if own else base.job.tokenizer,
         }
         values = filled(adaptation(body.job.model_copy(update=alike), wish.job), _inherited(base.values))
+        said = base.values.get("inner", {})
+        values["inner"] |= {key: said[key] for key in said.keys() & {"warmup_steps"}}  # for all runs of the study
         for silo in silos:
             called = [body.name, name, *([f"of-{silo}"] if silo else [])]
             init = {"run": str(run_folder(body.job)), **({"silo": silo} if silo else {})}

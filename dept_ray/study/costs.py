@@ -46,6 +46,8 @@ class Memory:
     """Of one chunk of rows, and the head's gradient on its way; see `plan.loss_bytes`."""
     loss_rows: int
     """Tokens in such a chunk."""
+    checkpointed: bool = False
+    """`inner.checkpoint_activations`."""
     ranks: int = 1
     """That the silo has, each on a GPU of its own or in a process of its own."""
     shard: str = "never"

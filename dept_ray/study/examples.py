@@ -1,7 +1,7 @@
 """What a model is fine-tuned on: SST-2, MNLI, STS-B and RACE, each a row of facts, and their examples.
 
-Examples come from the Hub, or from local files of the same columns (parquet or jsonl): anybody's task of one of these
-schemas will do. Nothing is tokenised here, and nothing is trained (`study.downstream`).
+Examples come from the Hub, or from local files of the same columns and classes (parquet or jsonl): anybody's task of
+one of these schemas will do. Nothing is tokenised here, and nothing is trained (`study.downstream`).
 """
 
 import json
@@ -33,13 +33,15 @@ class Task:
     """Column of the endings, a list."""
     validation: str = "validation"
     """Split to measure on; `train` is trained on."""
+    classes: int = 0
+    """How many there are, from 0; 0: the answer is no class."""
 
 
 _GLUE = "nyu-mll/glue"
 TASKS = {
-    "sst2": Task("sentence classification", _GLUE, "sst2", "class", ("sentence",), "label"),
+    "sst2": Task("sentence classification", _GLUE, "sst2", "class", ("sentence",), "label", classes=2),
     "mnli": Task("pair classification", _GLUE, "mnli", "class", ("premise", "hypothesis"), "label",
-                 validation="validation_matched"),
+                 validation="validation_matched", classes=3),
     "stsb": Task("similarity", _GLUE, "stsb", "number", ("sentence1", "sentence2"), "label"),
     "race": Task("multiple choice", "ehovy/race", "all", "choice", ("article", "question"), "answer", "options"),
 }  # fmt: skip
@@ -104,12 +106,17 @@ def _example(task: Task, row: dict[str, Any], where: str) -> Example:
     for text in (text for sequence in sequences for text in sequence):
         if not isinstance(text, str):
             raise SourceError(f"{where}: {text!r} is no text; mend the row, or leave it out")
-    return Example(sequences, _LABELS[task.goal](row[task.label], len(options), f"{where}: {task.label}"))
+    places = task.classes or len(options)
+    return Example(sequences, _LABELS[task.goal](row[task.label], places, f"{where}: {task.label}"))
 
 
-def _class(value: Any, options: int, where: str) -> float:
-    if not isinstance(value, int) or value < 0:
-        raise SourceError(f"{where} = {value!r} must be a class, 0 or above (tests without answers have -1)")
+def _class(value: Any, classes: int, where: str) -> float:
+    if not isinstance(value, int) or not 0 <= value < classes:
+        known = ", ".join(map(str, range(classes)))
+        raise SourceError(
+            f"{where} = {value!r} is no class of the task (known: {known}; tests without answers have -1): "
+            "mend the row, or leave it out"
+        )
     return value
 
 

@@ -13,7 +13,7 @@ import torch
 
 from dept_ray.config import Job
 from dept_ray.draws import seed_for
-from dept_ray.errors import ConfigError, StoreError, VocabularyError
+from dept_ray.errors import ConfigError, StoreError
 from dept_ray.messages import Score
 from dept_ray.rounds.changes import changed
 from dept_ray.rounds.folder import last_round, load_round
@@ -22,6 +22,7 @@ from dept_ray.rounds.state import RunState
 from dept_ray.rounds.train import orders_for
 from dept_ray.silo.silo import Silo
 from dept_ray.study.home import check_at_home
+from dept_ray.text.tokenizer import check_rows
 
 
 def last_state(folder: Path) -> RunState:
@@ -84,7 +85,8 @@ def score_run(job: Job, folder: Path, source: str | None = None) -> tuple[int, d
         source: only this one; None: all.
 
     Returns:
-        The round, and the scores: where it was trained on this machine's CPU, those of its own final record.
+        The round, and the scores: where it was trained on this machine's CPU, those of its own final record. A source
+        without validation text has none.
 
     Raises:
         ConfigError: the run has no such source.
@@ -96,7 +98,7 @@ def score_run(job: Job, folder: Path, source: str | None = None) -> tuple[int, d
     scores: dict[str, Score] = {}
     for silo in state.silos if source is None else [silo_of(job, source)]:
         scores |= _loaded(job, state, silo, score=True)[1]
-    return state.round, scores if source is None else {source: scores[source]}
+    return state.round, {name: score for name, score in scores.items() if source in (None, name)}
 
 
 def _loaded(job: Job, state: RunState, name: str, score: bool = False) -> tuple[Silo, dict[str, Score]]:
@@ -138,14 +140,7 @@ def generate(
     corpus, vocabulary, context = silo.corpora[source], silo.vocabulary, silo.job.inner.context
     tokenizer = corpus.tokenizer
     ids = [corpus.end_of_text, *tokenizer.encode(prompt, add_special_tokens=False).ids]
-    if vocabulary.ids is not None:
-        missing = np.setdiff1d(ids, vocabulary.ids).tolist()
-        if missing:
-            pieces = ", ".join(repr(tokenizer.decode([i], skip_special_tokens=False)) for i in missing[:5])
-            raise VocabularyError(
-                f"the prompt holds {pieces}, which source {source} never does, so that its trimmed vocabulary has no "
-                "row for it: leave it out, or ask another source"
-            )
+    check_rows(vocabulary, tokenizer, ids, "the prompt", source)
     local = vocabulary.to_local(np.array(ids)).tolist()
     draw = torch.Generator().manual_seed(seed_for(seed, "generate", source))
     shown = tokenizer.decode(ids[1:])

@@ -81,7 +81,7 @@ def plan(job: Job, vocabulary_sizes: Mapping[str, int] | None = None, tokens: Ma
             token_matched_tokens=job.rounds.total * round_tokens * chosen,
         ),
         data_parallel=None if global_size is None else DataParallel(global_size, _parameters(job, global_size)),
-        notes=_notes(method, silos, global_size),
+        notes=_notes(job, method, silos, global_size),
     )
 
 
@@ -222,6 +222,7 @@ def _memory(job: Job, values: Values, vocabulary_size: int) -> Memory:
         activations_otherwise=activation_bytes(job, micro_batch, not inner.checkpoint_activations),
         loss=loss_bytes(rows, vocabulary_size, job.model.width),
         loss_rows=rows,
+        checkpointed=inner.checkpoint_activations,
         ranks=resources.processes,
         shard=shard,
     )
@@ -247,9 +248,14 @@ def _readings(job: Job, names: tuple[str, ...], tokens: Mapping[str, int], total
     )
 
 
-def _notes(method: Method, silos: list[SiloPlan], global_size: int | None) -> tuple[str, ...]:
-    """What a reader must know to read the figures rightly."""
+def _notes(job: Job, method: Method, silos: list[SiloPlan], global_size: int | None) -> tuple[str, ...]:
+    """What a reader must know to read the figures rightly, or to train well."""
     notes = []
+    if job.inner.warmup_steps >= job.total_steps:
+        notes.append(
+            f"inner.warmup_steps = {job.inner.warmup_steps:,} of {job.total_steps:,} steps in all: the learning rate "
+            f"never goes on from its warm-up; set it to a tenth of them, {max(1, job.total_steps // 10):,}, or less"
+        )
     guessed = [silo.name for silo in silos if silo.vocabulary_from == "tokenizer.vocab_size"]
     if method.vocabulary == "trimmed" and guessed:
         notes.append(

@@ -101,7 +101,7 @@ def _memory_table(costs: Plan) -> Table:
     )  # fmt: skip
     figures = (m.weights, m.gradients, m.moments, m.casts, m.activations, m.loss, m.total)
     table.add_row(silo.name, *(human(figure, "B") for figure in figures))
-    verb = "without" if m.activations_otherwise > m.activations else "with"
+    verb = "without" if m.checkpointed else "with"
     lines = [
         f"{verb} checkpoint_activations: {human(m.activations_otherwise, 'B')} of activations",
         f"the loss holds logits of {m.loss_rows:,} tokens at once",

@@ -78,11 +78,7 @@ def _read(source: ReadSource) -> Iterator[tuple[Side, str]]:
     if "train" not in found:
         raise SourceError(f"{_label(source)}: no training text in it; check {_key_of_text(source)}")
     if (named or source.validation_share > 0) and "validation" not in found:
-        remedy = (
-            "name files or a split that hold text"
-            if named
-            else f"raise validation_share = {source.validation_share} or max_bytes, or name validation files"
-        )
+        remedy = "name files or a split that hold text" if named else _without_validation(source, len(seen))
         raise SourceError(f"{_label(source)}: no validation text in it; {remedy}")
 
 
@@ -128,6 +124,16 @@ def _clean(raw: str) -> str:
 
 def _label(source: ReadSource) -> str:
     return f'source "{source.name}"'
+
+
+def _without_validation(source: ReadSource, count: int) -> str:
+    """Why a share of `count` documents is nothing, and what to do."""
+    cut = "a part of its one document" if count == 1 else f"one of its {count:,} documents"
+    why = f"validation_share = {source.validation_share} does not hold out {cut}"
+    name = {FilesSource: "name validation_paths, ", HubSource: "name a validation_split, "}.get(type(source), "")
+    more = "more documents (raise max_bytes)" if source.max_bytes else "more documents"
+    raised = "raise it, " if count > 1 else ""
+    return f"{why}: {raised}{name}set validation_share = 0 to train without any, or give it {more}"
 
 
 def _key_of_text(source: ReadSource) -> str:

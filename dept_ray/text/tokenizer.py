@@ -6,7 +6,7 @@ every text has an encoding and every encoding gives the text back; the same text
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -218,6 +218,31 @@ class Vocabulary:
         rows = np.full(self.global_size, -1, dtype=np.int32)
         rows[self.ids] = np.arange(len(self.ids), dtype=np.int32)
         return rows
+
+
+def check_rows(vocabulary: Vocabulary, tokenizer: "Tokenizer", ids: Sequence[int], what: str, source: str) -> None:
+    """Refuse a text that a trimmed vocabulary has not every row for.
+
+    Args:
+        vocabulary: of the source.
+        tokenizer: that gave the ids.
+        ids: of the text.
+        what: the text, as in "the prompt".
+        source: its name.
+
+    Raises:
+        VocabularyError: an id is not owned; with the pieces of the text that are not.
+    """
+    if vocabulary.ids is None:
+        return
+    missing = np.setdiff1d(ids, vocabulary.ids).tolist()
+    if missing:
+        pieces = ", ".join(repr(tokenizer.decode([i], skip_special_tokens=False)) for i in missing[:5])
+        more = f" and {len(missing) - 5} more" * (len(missing) > 5)
+        raise VocabularyError(
+            f"{what} holds {pieces}{more}, which source {source} never does, so that its trimmed vocabulary has no "
+            "row for it: leave it out, or ask another source"
+        )
 
 
 def unigram_nats(counts: np.ndarray) -> np.ndarray:

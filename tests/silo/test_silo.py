@@ -11,7 +11,7 @@ import torch
 
 from dept_ray.config import Job
 from dept_ray.draws import fingerprint_of
-from dept_ray.errors import ShardError, SiloError, StoreError
+from dept_ray.errors import ShardError, SiloError, StoreError, VocabularyError
 from dept_ray.messages import RoundOrder, SiloUpdate
 from dept_ray.method_names import METHOD_NAMES
 from dept_ray.rounds.methods import METHODS
@@ -263,6 +263,13 @@ def test_a_source_smaller_than_a_batch_is_told(tiny):
         Silo(job, specs_of(job)["code"])
 
 
+def test_a_source_shorter_than_the_context_is_told(tiny):
+    job = tiny("spec", inner={"context": 1_000_000}, model={"positions": 1_000_000})
+    told = r'"code" has no whole block .*: inner\.context = 1,000,000, .* is [\d,]+ tokens; lower inner\.context'
+    with pytest.raises(SiloError, match=told):
+        Silo(job, specs_of(job)["code"])
+
+
 def test_a_source_that_is_not_prepared_is_told(tiny):
     job = tiny("spec")
     elsewhere = job.model_copy(update={"folder": job.folder + "-elsewhere"})
@@ -289,6 +296,27 @@ def test_a_silo_s_card_tells_its_sources_and_their_tokens(tiny, open_silo):
     assert set(card.fingerprints) == set(card.train_tokens) == set(card.sources)
     assert (corpus_folder(job, "code", "global") / "index.json").exists()
     assert card.hardware == "cpu, 1 thread, fp32"
+
+
+def test_a_loss_is_told_in_the_round_that_it_is_of_alone(tiny, open_silo):
+    job = tiny("spec")
+    silo = open_silo(job)
+    order = first_order(job, silo)
+    update = silo.obey(order)
+    silo._say("training", order, loss=9.9)
+    silo._say("saving", order)
+    assert silo.status.loss == 9.9
+    silo.obey(next_order(order, update))  # too short for anybody to be told its loss
+    assert math.isnan(silo.status.loss)
+
+
+def test_a_text_of_which_a_trimmed_vocabulary_has_not_all_is_told_with_the_piece(tiny, open_silo):
+    job = tiny("spec")
+    silo = open_silo(job)
+    (source,) = silo.spec.sources
+    silo.obey(first_order(job, silo, steps=0))
+    with pytest.raises(VocabularyError, match=rf"the text holds 'Q', 'Z', which source {source} never does.*leave"):
+        silo.score_text(source, "xZQ")
 
 
 def test_a_silo_says_what_it_does(tiny, open_silo):

@@ -104,6 +104,16 @@ def test_every_body_is_adapted_alike_whatever_it_was_trained_with(tmp_path: Path
     assert {**tokens.inner.model_dump(), "lr": 0} == {**opt.inner.model_dump(), "lr": 0}
 
 
+def test_a_warm_up_is_that_of_the_study_or_follows_the_base_job_s_steps(tmp_path: Path) -> None:
+    variants = {"std": {"job": {"method": "std", "inner": {"warmup_steps": 7}}}}
+    study = tiny_study(tmp_path, variants, adaptations={"random": {}})
+    _, adapted = all_cells(study, {})
+    assert adapted.job.inner.warmup_steps == 2, "as the base job says"
+    study.job["inner"] = {k: v for k, v in study.job["inner"].items() if k != "warmup_steps"}
+    _, adapted = all_cells(study, {})
+    assert (adapted.job.total_steps, adapted.job.inner.warmup_steps) == (4, 1)
+
+
 def test_what_is_held_out_trains_no_body(tmp_path: Path) -> None:
     for cell in cells_of(tiny_study(tmp_path, {"std": {"job": {"method": "std"}}, "spec": {}}, ("numbers",)), {}):
         assert [source.name for source in cell.job.sources] == ["code", "latin"]

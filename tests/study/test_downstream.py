@@ -154,7 +154,9 @@ def test_a_task_or_a_file_that_is_not_there_is_told(run, files):
     ("task", "row", "told"),
     [
         ("sst2", {"text": "a", "label": 0}, 'row 1: no column "sentence"; it has text, label'),
-        ("sst2", {"sentence": "a", "label": -1}, "row 1: label = -1 must be a class, 0 or above"),
+        ("sst2", {"sentence": "a", "label": -1}, "row 1: label = -1 is no class of the task"),
+        ("sst2", {"sentence": "a", "label": 7}, r"rows\.jsonl, row 1: label = 7 is no class .*known: 0, 1; .*leave"),
+        ("mnli", {"premise": "a", "hypothesis": "b", "label": 3}, "row 1: label = 3 is no class .*known: 0, 1, 2;"),
         ("sst2", {"sentence": None, "label": 0}, "row 1: None is no text"),
         ("stsb", {"sentence1": "a", "sentence2": "b", "label": "much"}, "row 1: label = 'much' must be a number"),
         ("race", {"article": "a", "question": "b", "options": ["c", "d"], "answer": "E"}, "a letter from A to B"),
@@ -171,6 +173,7 @@ def test_a_row_that_is_not_of_the_task_is_told(tmp_path: Path, task: str, row: d
 def test_a_class_that_is_only_measured_is_told(run, tmp_path: Path):
     files = [tmp_path / "train.jsonl", tmp_path / "validation.jsonl"]
     for file, labels in zip(files, ([0, 1], [0, 2]), strict=True):
-        file.write_text("".join(json.dumps({"sentence": "a", "label": label}) + "\n" for label in labels))
+        rows = [{"premise": "a", "hypothesis": "b", "label": label} for label in labels]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ConfigError, match=r"label: 2 classes to train on, \[2\] beside them"):
-        tune(run("glob"), "sst2", (str(files[0]), str(files[1])))
+        tune(run("glob"), "mnli", (str(files[0]), str(files[1])))

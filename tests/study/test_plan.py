@@ -111,6 +111,22 @@ def test_a_source_read_too_often_is_named():
     assert not any("read more than" in note for note in plan(tiny(), tokens={"a": 120, "b": 480}).notes)
 
 
+def test_a_warm_up_as_long_as_the_run_is_told():
+    (note,) = (note for note in plan(tiny()).notes if "warmup" in note)
+    assert note.startswith("inner.warmup_steps = 100 of 30 steps in all: ")
+    assert note.endswith("set it to a tenth of them, 3, or less")
+    assert any("warmup" in note for note in plan(tiny(inner={"warmup_steps": 30})).notes)
+    assert not any("warmup" in note for note in plan(tiny(inner={"warmup_steps": 29})).notes)
+
+
+@pytest.mark.parametrize("layers", [1, 8])
+def test_the_other_setting_of_checkpointing_is_named_by_what_is_set(layers: int):
+    shape = {"layers": layers, "width": 4, "heads": 2}
+    off, on = (printed(plan(tiny(model=shape, inner={"checkpoint_activations": on}))) for on in (False, True))
+    assert ("with checkpoint_activations: " in off, "without " in off) == (True, False)
+    assert "without checkpoint_activations: " in on
+
+
 def test_memory_by_hand():
     memory = plan(tiny("spec")).silos[0].memory
     parameters = TINY_BODY + 2400 + 32

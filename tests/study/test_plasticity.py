@@ -3,14 +3,18 @@
 import doctest
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
+
 from dept_ray.config import Job
+from dept_ray.errors import ConfigError
 from dept_ray.in_process import train_here
 from dept_ray.metrics import Record, read_records
 from dept_ray.rounds.folder import run_folder
 from dept_ray.study import plasticity
-from dept_ray.study.adapt import adaptation
+from dept_ray.study.adapt import adapt_job, adaptation
 from dept_ray.study.plasticity import area, curve, plasticity_table, steps_to
 
 
@@ -76,7 +80,7 @@ def test_a_real_run_has_a_curve_to_its_last_step(tiny: Callable[..., Job]):
 def test_what_a_file_leaves_open_comes_from_the_run_and_the_paper(tiny: Callable[..., Job]):
     run = tiny("glob", model={"positions": 48})
     random, own = adaptation(run, {}), adaptation(run, {"init": {"embedding": "own"}})
-    assert random["inner"] == {"lr": 1e-2, "local_steps": 4, "batch_size": 4, "context": 32}
+    assert random["inner"] == {"lr": 1e-2, "local_steps": 4, "batch_size": 4, "context": 32, "warmup_steps": 1}
     assert own["inner"]["lr"] == 5e-3
     assert random["rounds"]["total"] == 1
     assert adaptation(run, {"inner": {"local_steps": 1}})["rounds"]["total"] == 3
@@ -84,3 +88,24 @@ def test_what_a_file_leaves_open_comes_from_the_run_and_the_paper(tiny: Callable
     assert random["tokenizer"]["vocab_size"] == 300
     assert own["tokenizer"]["kind"] == "file"
     assert adaptation(run, {"init": {"embedding": "own"}, "tokenizer": {"kind": "bpe"}})["tokenizer"] == {}
+
+
+@pytest.mark.parametrize(
+    ("warmup", "rounds", "steps"),
+    [(100, 50, 20), (100, 5, 2), (200, 50, 40), (900, 50, 50), (100, 1, 1), (0, 50, 0), (1, 50, 1)],
+)
+def test_the_warm_up_of_the_run_is_taken_over_in_proportion_and_is_a_tenth_at_most(
+    tiny: Callable[..., Job], warmup: int, rounds: int, steps: int
+):
+    run = tiny("std", inner={"local_steps": 10, "warmup_steps": warmup}, rounds={"total": 250})
+    assert adaptation(run, {"rounds": {"total": rounds}})["inner"]["warmup_steps"] == steps
+
+
+def test_a_round_that_the_run_has_not_is_told_with_those_that_it_has(tiny: Callable[..., Job], tmp_path: Path):
+    job = tiny("std")
+    train_here(job, lambda record: None)
+    file = tmp_path / "one.toml"
+    file.write_text(f'[[sources]]\nname = "latin"\nkind = "files"\npaths = {list(job.source("latin").paths)}\n')
+    with pytest.raises(ConfigError, match=r"init\.round = 99: run .* does not have it \(any more\); it has 2, 3$"):
+        adapt_job(run_folder(job), file, init={"round": 99})
+    assert adapt_job(run_folder(job), file, init={"round": 2}).init.round == 2

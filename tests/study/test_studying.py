@@ -71,6 +71,16 @@ def test_what_is_done_is_not_done_again(done: Study) -> None:
     assert (folder_of(done) / "figures.json").read_bytes() == before
 
 
+def test_a_study_without_validation_text_has_dashes(tmp_path: Path) -> None:
+    values = tiny_study(tmp_path, {"std": {"job": {"method": "std"}, "baseline": True}}).model_dump()
+    for source in values["job"]["sources"]:
+        source |= {"validation_paths": (), "validation_share": 0.0}
+    study, told = Study.model_validate(values), list[str]()
+    run_study(study, here, tell=told.append)
+    assert told[-1].startswith("s.std.s0: – bits/byte, ")
+    assert "| std | 4.61k | – |" in (folder_of(study) / "table.md").read_text()
+
+
 def test_preparation_is_shared(done: Study) -> None:
     tokens = list((Path(done.folder) / "data" / "latin").glob("tokens-*"))
     assert len(tokens) == 1, "one for all that have the global tokenizer"

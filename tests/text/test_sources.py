@@ -248,8 +248,15 @@ def test_a_source_without_text_is_refused(tmp_path: Path) -> None:
 
 def test_a_source_whose_validation_is_empty_is_refused_only_if_it_wants_one(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["one"])
-    with pytest.raises(SourceError, match=r'"de": no validation text in it; raise validation_share = 0.01'):
+    with pytest.raises(SourceError, match=r'"de": no validation text in it; validation_share = 0.01 does') as one:
         sides(files(path, validation_share=0.01))
+    remedy = "name validation_paths, set validation_share = 0 to train without any, or give it more documents"
+    assert str(one.value).endswith(f"does not hold out a part of its one document: {remedy}")
+    several = write_jsonl(tmp_path / "c.jsonl", ["one", "two"])
+    with pytest.raises(SourceError, match=rf"hold out one of its 2 documents: raise it, {remedy}"):
+        sides(files(several, validation_share=1e-9))
+    with pytest.raises(SourceError, match=r"more documents \(raise max_bytes\)"):
+        sides(files(several, validation_share=1e-9, max_bytes=3))
     assert sides(files(path, validation_share=0))["train"] == ["one"]
     empty = write_jsonl(tmp_path / "b.jsonl", [""])
     with pytest.raises(SourceError, match="no validation text in it; name files"):
