@@ -7,7 +7,6 @@
 A run that is over is read from its folder; one in progress is asked.
 """
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -63,7 +62,7 @@ class Run:
 
         from dept_ray.on_ray.cluster import check_lasting, connect
         from dept_ray.on_ray.launch import Coordinator
-        from dept_ray.rounds.folder import in_progress, run_folder
+        from dept_ray.rounds.folder import in_progress, in_words, run_folder
         from dept_ray.rounds.methods import resources_of, silos_of
         from dept_ray.rounds.regions import check_regions
         from dept_ray.rounds.store import RunStore
@@ -72,8 +71,8 @@ class Run:
         check_regions(job)
         if (where := in_progress(run_folder(job))) is not None:
             raise RunError(
-                f"run {job.name} is in progress ({told(where)}): follow it with `dept-ray status {job.name} --watch`, "
-                "or give this job another `name`"
+                f"run {job.name} is in progress ({in_words(where)}): follow it with "
+                f"`dept-ray status {job.name} --watch`, or give this job another `name`"
             )
         job = begun(job)
         store = RunStore(job)  # refuses another job's folder before anything is spent
@@ -113,24 +112,11 @@ class Run:
             RunError: it is not in progress there.
         """
         from dept_ray.on_ray.cluster import connect, connected
-        from dept_ray.on_ray.launch import Coordinator
+        from dept_ray.on_ray.launch import Coordinator, address_of
 
         opened = cls.open(run)
-        nowhere = RunError(f"run {opened.job.name} is not in progress; `dept-ray train` goes on with it")
         if address is None and not connected():
-            where = opened.where()
-            if where is None:
-                raise nowhere
-            if (address := where.get("address")) is None:
-                raise RunError(
-                    f"run {opened.job.name} is in progress in one process, without Ray ({told(where)}): it is watched "
-                    "and stopped (Ctrl-C) in its own terminal alone"
-                )
-            if opened.address is None:  # nobody holds it: its coordinator is being started again, or all are gone
-                try:
-                    connect(address)
-                except ClusterError:
-                    raise nowhere from None
+            address = address_of(opened.job.name, opened.folder)
         connect(address)
         coordinator = Coordinator.find(opened.job.name)
         if coordinator is None:
@@ -155,15 +141,6 @@ class Run:
         phase = "training" if in_progress(self.folder) is not None else over
         return RunStatus(self.job.name, phase, rounds, self.job.rounds.total, error,
                          num_records=len(records))  # fmt: skip
-
-    def where(self) -> "dict[str, Any] | None":
-        """Who holds it (pid, host, address), or was the last to and has not told an end; None: nobody."""
-        from dept_ray.rounds.folder import in_progress
-
-        try:
-            return in_progress(self.folder) or json.loads((self.folder / "live.json").read_text())
-        except (OSError, ValueError):
-            return None
 
     @property
     def address(self) -> str | None:
@@ -408,17 +385,6 @@ class Run:
         if status.phase == "failed":
             raise RunError(f"run {status.run} failed after round {status.round}: {status.error}")
         return records
-
-
-def told(where: "dict[str, Any]") -> str:
-    """Where a run is in progress, in words.
-
-    >>> told({"pid": 12, "host": "box", "address": "10.0.0.1:6379"})
-    'process 12 on box, Ray at 10.0.0.1:6379'
-    """
-    words = [f"process {where['pid']} on {where['host']}"] if "pid" in where else []
-    words += [f"Ray at {where['address']}"] if "address" in where else []
-    return ", ".join(words) or "elsewhere"
 
 
 def stories_of(runs: "Sequence[Run]") -> "list[Story]":

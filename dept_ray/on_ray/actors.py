@@ -222,11 +222,11 @@ class CoordinatorActor:
         Raises:
             ConfigError: it cannot be made; nothing was asked for.
         """
-        from dept_ray.rounds.changes import check_change
+        from dept_ray.rounds.changes import check_asked
 
         await self._open_to_asking()
         if not self.control.knows(request):
-            check_change(self._asked(), change)
+            check_asked(self._asked(), change, self.records, self.control.pending, self.pool)
             self.control.change(change, request)
 
     def _asked(self) -> Job:
@@ -272,10 +272,12 @@ class CoordinatorActor:
         from dept_ray.rounds.train import train
 
         board = store = None
+        mine = False
         try:
             self._check_folder()
             store = RunStore(self.job)
             store.hold(PREDECESSOR_S if self.again else 0.0, address=ray.get_runtime_context().gcs_address)
+            mine = True
             self.records = store.history()
             stands = store.stands()
             self.control.begin(stands.round, stands.heard, store)
@@ -301,7 +303,7 @@ class CoordinatorActor:
                 traceback.print_exc()
         self.phase, self.error = phase, error
         if self.leave:
-            if error:
+            if error and mine:  # else another one holds the run
                 with suppress(OSError):  # the disk may be what it failed for
                     (run_folder(self.job) / "error.txt").write_text(error)
             # Everything is on disk. Ray would restart an actor that merely exits; one that is killed stays dead.

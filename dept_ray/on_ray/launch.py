@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -10,11 +11,12 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from dept_ray.config import Job
-from dept_ray.errors import ClusterError
+from dept_ray.errors import ClusterError, RunError
 from dept_ray.messages import Change, RunStatus
 from dept_ray.metrics import Record
 from dept_ray.on_ray.actors import CoordinatorActor, explain
-from dept_ray.on_ray.cluster import NAMESPACE
+from dept_ray.on_ray.cluster import NAMESPACE, connect
+from dept_ray.rounds.folder import in_progress, in_words, last_place
 
 
 def _name(run: str) -> str:
@@ -133,3 +135,26 @@ class Coordinator:
             ) from None
         except RayError as err:
             raise explain(err) from None
+
+
+def address_of(run: str, folder: Path) -> str:
+    """Of the Ray cluster that a run is in progress on, as its folder tells; joined, where nobody holds the run.
+
+    Nobody does while its coordinator is being started again, and where all were killed.
+
+    Raises:
+        RunError: it is in progress nowhere, or in a process without Ray.
+    """
+    held = in_progress(folder)
+    where = last_place(folder) if held is None else held
+    if held is not None and "address" not in held:
+        raise RunError(
+            f"run {run} is in progress in one process, without Ray ({in_words(where)}): it is watched and stopped "
+            "(Ctrl-C) in its own terminal alone"
+        )
+    try:
+        if held is None:
+            connect(where["address"])
+        return where["address"]
+    except (KeyError, ClusterError):
+        raise RunError(f"run {run} is not in progress; `dept-ray train` goes on with it") from None

@@ -5,7 +5,7 @@ of it is part of the state, so a resumed run has the same job (`changed`) and th
 """
 
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from dept_ray.config import Job
 from dept_ray.errors import ConfigError, DeptError, nearest
 from dept_ray.jobfile import parse_job
 from dept_ray.messages import Change, SiloCard
-from dept_ray.metrics import Sink
+from dept_ray.metrics import Record, Sink
 from dept_ray.rounds.control import Control
 from dept_ray.rounds.methods import method_of, silos_of
 from dept_ray.rounds.pool import SiloPool
@@ -44,20 +44,46 @@ def changed(job: Job, changes: Sequence[Change]) -> Job:
     return job
 
 
-def check_change(job: Job, change: Change) -> Job:
+def check_change(
+    job: Job, change: Change, committed: int = 0, away: Collection[str] = (), mendable: Collection[str] = ()
+) -> Job:  # fmt: skip
     """The job after a change that someone asks for.
+
+    Args:
+        job: in force, or as asked for so far.
+        change: what is asked for now.
+        committed: rounds.
+        away: silos that take no part.
+        mendable: sources that joined and never could, so that one of the same name may take their place.
 
     Raises:
         ConfigError: it cannot be made in a run; with the reason and the remedy.
     """
+    silos = silos_of(job)
     name = change.get("drop") or change.get("return")
-    if name is not None and name not in silos_of(job):
-        raise ConfigError(f'no silo "{name}" in run {job.name}; known: {", ".join(silos_of(job))}')
-    if "add" in change and method_of(job).mixed:
-        raise ConfigError(f"run {job.name} trains one silo on a mixture: a source cannot join it; start another run")
+    if name is not None and name not in silos:
+        raise ConfigError(f'no silo "{name}" in run {job.name}; known: {", ".join(silos)}')
+    if "drop" in change and not set(silos) - set(away) - {name}:
+        raise ConfigError(f"{name} is the last silo that works: let another join or return first, or stop the run")
+    if "add" in change:
+        _check_newcomer(job, change["add"].get("name"), mendable)
     wanted = changed(job, [change])
     silos_of(wanted)  # refuses what the method cannot hold
+    if change.get("set") == "rounds.total" and wanted.rounds.total <= committed:
+        raise ConfigError(f"rounds.total = {wanted.rounds.total}: round {committed} is committed; stop the run")
     return wanted
+
+
+def check_asked(job: Job, change: Change, records: Sequence[Record], pending: Sequence[Change], pool: SiloPool) -> Job:
+    """`check_change` for one who knows no state, but what is on record, what is asked for besides, and the pool.
+
+    Raises:
+        ConfigError: it cannot be made in a run; with the reason and the remedy.
+    """
+    rounds = [record for record in records if record["event"] == "round"]
+    trained = {name for record in rounds for name in record["silos"]}
+    committed = max((record["round"] for record in rounds), default=0)
+    return check_change(job, change, committed, _away_by(records, pending), _mendable(job, trained, pool))
 
 
 def obey_people(job: Job, state: RunState, pool: SiloPool, log: Sink, control: Control) -> tuple[Job, RunState]:
@@ -71,15 +97,8 @@ def obey_people(job: Job, state: RunState, pool: SiloPool, log: Sink, control: C
     for change in control.take_changes():
         state = replace(state, heard=state.heard + 1)
         try:
-            wanted = check_change(job, change)
-            if change.get("set") == "rounds.total" and wanted.rounds.total <= state.round:
-                raise ConfigError(
-                    f"rounds.total = {wanted.rounds.total}: round {state.round} is committed; stop the run"
-                )
-            if "drop" in change and not set(silos_of(job)) - _away(state) - {change["drop"]}:
-                raise ConfigError(
-                    f"{change['drop']} is the last silo that works: let another join or return first, or stop the run"
-                )
+            mendable = _mendable(job, {name for name, silo in state.silos.items() if silo.rounds}, pool)
+            wanted = check_change(job, change, state.round, _away(state) | pool.failed().keys(), mendable)
             if name := change.get("return") or change.get("add", {}).get("name"):
                 pool.add(wanted, name)
         except DeptError as err:  # asked for in good order, but another change came first, or the source has no text
@@ -90,6 +109,8 @@ def obey_people(job: Job, state: RunState, pool: SiloPool, log: Sink, control: C
             state = _with(job, state, change["drop"], away=DROPPED)
         elif "return" in change:
             state = _with(job, state, change["return"], away="", failures=0)
+        elif change.get("add", {}).get("name") in state.silos:  # in the place of one that was dropped as it never came
+            state = _with(job, state, change["add"]["name"], away="", failures=0)
         state = replace(state, changes=(*state.changes, change))
         log(_record(job, state, change))
     return job, state
@@ -122,6 +143,37 @@ def _away(state: RunState) -> set[str]:
     return {name for name, silo in state.silos.items() if silo.away}
 
 
+def _away_by(records: Sequence[Record], pending: Sequence[Change]) -> set[str]:
+    """Who takes no part: as the last round says, and by what was changed or asked for since."""
+    away = set[str]()
+    for record in [*records, *({"event": "change", "change": change} for change in pending)]:
+        if record["event"] == "round":
+            away = set(record.get("away", ()))
+        elif record["event"] == "change" and "refused" not in record:
+            change = record["change"]
+            away |= {change["drop"]} if "drop" in change else set()
+            away -= {change.get("return"), change.get("add", {}).get("name")}
+    return away
+
+
+def _mendable(job: Job, trained: Collection[str], pool: SiloPool) -> set[str]:
+    """Sources that joined and never could: their silo was not made, here or by a life before. A region that is silent
+    may have made it, so that behind a mailbox nobody knows."""
+    if job.regions.mailbox is not None:
+        return set()
+    joined = {source.name for source in job.sources if source.joined}
+    return joined & pool.failed().keys() - pool.cards.keys() - set(trained)
+
+
+def _check_newcomer(job: Job, name: object, mendable: Collection[str]) -> None:
+    if method_of(job).mixed:
+        raise ConfigError(f"run {job.name} trains one silo on a mixture: a source cannot join it; start another run")
+    if name not in mendable and any(source.name == name for source in job.sources):
+        raise ConfigError(
+            f'run {job.name}: sources: the name "{name}" stands twice; each source needs a name of its own'
+        )
+
+
 def _changed(job: Job, change: Change) -> Job:
     """The job after one change. Dropping and returning change who is there, not the job."""
     values = job.model_dump(mode="json")
@@ -132,7 +184,10 @@ def _changed(job: Job, change: Change) -> Job:
         section, name = key.split(".")
         values[section][name] = value
     elif "add" in change:
-        values["sources"].append({**change["add"], "joined": True})
+        new, sources = {**change["add"], "joined": True}, values["sources"]
+        same = (n for n, source in enumerate(sources) if source["joined"] and source["name"] == new.get("name"))
+        place = next(same, len(sources))  # of one that never could join (`check_change`), or a new one
+        sources[place : place + 1] = [new]
     return parse_job(values, where=f"run {job.name}")
 
 

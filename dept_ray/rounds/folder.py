@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,18 +21,45 @@ def run_folder(job: Job) -> Path:
 
 
 def in_progress(folder: Path) -> dict[str, Any] | None:
-    """Where a run is in progress (pid, host, address), or None if it is not. The lock of a dead process is free."""
+    """Where a run is in progress (pid, host, address), or None if it is not. The lock of a dead process is free.
+
+    Raises:
+        StoreError: this user may not look.
+    """
     try:
-        with open(folder / "lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return None
+        lock = open(folder / "lock")  # noqa: SIM115 - closed below; what opening fails with is not what locking does
     except FileNotFoundError:
         return None
-    except OSError:
+    except OSError as err:
+        raise StoreError(
+            f"{folder / 'lock'} cannot be opened ({err}), so that nobody knows whether the run is in progress: let "
+            "this user read it, or ask as the user who trains there"
+        ) from None
+    with lock:
         try:
-            return json.loads((folder / "live.json").read_text())
-        except (OSError, ValueError):
-            return {}
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return None
+        except OSError:
+            return last_place(folder)
+
+
+def last_place(folder: Path) -> dict[str, Any]:
+    """Where who holds a run, or held it last and told no end, says it is in progress; empty: nothing is said."""
+    try:
+        return json.loads((folder / "live.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def in_words(where: Mapping[str, Any]) -> str:
+    """Where a run is in progress.
+
+    >>> in_words({"pid": 12, "host": "box", "address": "10.0.0.1:6379"})
+    'process 12 on box, Ray at 10.0.0.1:6379'
+    """
+    words = [f"process {where['pid']} on {where['host']}"] if "pid" in where else []
+    words += [f"Ray at {where['address']}"] if "address" in where else []
+    return ", ".join(words) or "elsewhere"
 
 
 def told_end(folder: Path) -> bool:

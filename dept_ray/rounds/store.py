@@ -22,10 +22,18 @@ from typing import IO, TYPE_CHECKING, Any
 
 from dept_ray.config import Job
 from dept_ray.draws import checksum
-from dept_ray.errors import RunError, StoreError, WrongRunError
+from dept_ray.errors import DeptError, RunError, StoreError, WrongRunError
 from dept_ray.messages import Change
 from dept_ray.metrics import Record, finite, read_records
-from dept_ray.rounds.folder import committed, in_progress, layout_fingerprint, load_round, read_manifest, run_folder
+from dept_ray.rounds.folder import (
+    committed,
+    in_progress,
+    in_words,
+    layout_fingerprint,
+    load_round,
+    read_manifest,
+    run_folder,
+)
 from dept_ray.text.shards import write_atomically
 
 if TYPE_CHECKING:
@@ -48,11 +56,11 @@ class Standing:
 
 
 class RunStore:
-    """One run's folder, open for writing.
+    """One run's folder, open for writing: by anyone while nobody holds the run, from then on by who does.
 
     Raises:
         WrongRunError: the folder belongs to another job.
-        StoreError: it cannot be written.
+        StoreError: it cannot be written, or its rounds are gone.
     """
 
     def __init__(self, job: Job) -> None:
@@ -63,15 +71,18 @@ class RunStore:
         """How often the run was taken up by `hold`: part of every order's fence."""
         try:
             (self.folder / "rounds").mkdir(parents=True, exist_ok=True)
-            if self.rounds():  # before that nothing can be lost, and a job that was wrong is mended in place
-                self._check_owner(self.folder / "config.json")
-            about = {"fingerprint": job.fingerprint, "identity": job.identity, "job": job.model_dump(mode="json")}
-            write_atomically(self.folder / "config.json", json.dumps(about, indent=1).encode())
-            write_atomically(self.folder / "environment.json", json.dumps(_environment(), indent=1).encode())
+            self._check_owner()
+            with open(self.folder / "lock", "a") as lock:
+                if _locked(lock, fcntl.LOCK_SH):  # else who holds the run has claimed it, or does so now
+                    self._claim()
         except OSError as err:
-            raise StoreError(f"run folder {self.folder} cannot be written ({err}): mend it or set `folder`") from err
+            raise self._cannot_be_written(err) from err
 
-    def _check_owner(self, config: Path) -> None:
+    def _check_owner(self) -> None:
+        """Before the first round nothing can be lost, and a job that was wrong is mended in place."""
+        if not self.rounds():
+            return
+        config = self.folder / "config.json"
         try:
             stored = json.loads(config.read_text())
         except (OSError, ValueError) as err:
@@ -87,6 +98,28 @@ class RunStore:
                 "give this job another `name`, or delete the folder"
             )
 
+    def _claim(self) -> None:
+        """Write whose folder it is; only while nobody else holds the run."""
+        self._check_rounds()
+        about = {"fingerprint": self.job.fingerprint, "identity": self.job.identity}
+        about["job"] = self.job.model_dump(mode="json")
+        write_atomically(self.folder / "config.json", json.dumps(about, indent=1).encode())
+        write_atomically(self.folder / "environment.json", json.dumps(_environment(), indent=1).encode())
+
+    def _check_rounds(self) -> None:
+        """Whether rounds that were committed are still there; to go back from round 1 is to begin anew."""
+        if self.rounds():
+            return
+        told = max((record["round"] for record in read_records(self.metrics) if record["event"] == "round"), default=0)
+        if told > 1:
+            raise StoreError(
+                f"{self.folder / 'rounds'} holds no round, but {self.metrics} tells of {told}: restore its rounds, or "
+                f"delete {self.folder} to begin anew"
+            )
+
+    def _cannot_be_written(self, err: OSError) -> StoreError:
+        return StoreError(f"run folder {self.folder} cannot be written ({err}): free space, mend it, or set `folder`")
+
     def hold(self, patience_s: float = 0.0, **where: Any) -> None:
         """Say that the run is in progress here, until `let_go` or this process's end.
 
@@ -96,26 +129,44 @@ class RunStore:
 
         Raises:
             RunError: it is in progress elsewhere.
+            WrongRunError: it has become another job's meanwhile.
+            StoreError: its folder cannot be written.
         """
-        lock = open(self.folder / "lock", "a")  # noqa: SIM115 - its lifetime is the point
+        try:
+            lock = open(self.folder / "lock", "a")  # noqa: SIM115 - its lifetime is the point
+        except OSError as err:
+            raise self._cannot_be_written(err) from err
         until = time.monotonic() + max(patience_s, _A_LOOK_S)
         while not _locked(lock):
             if time.monotonic() >= until:
                 lock.close()
-                raise RunError(f"run {self.job.name} is in progress ({in_progress(self.folder)})")
+                raise RunError(f"run {self.job.name} is in progress ({in_words(in_progress(self.folder) or {})})")
             time.sleep(_LOOK_EVERY_S)
         self._lock = lock
-        lives = self.folder / "lives"
         try:
-            self.life = 1 + int(lives.read_text()) if lives.exists() else 1
+            self._take_up(where)
+        except DeptError:
+            self.let_go()
+            raise
+
+    def _take_up(self, where: dict[str, Any]) -> None:
+        try:
+            self._check_owner()
+            self._claim()
+            self.life = self._lives() + 1
             about = {"pid": os.getpid(), "host": platform.node(), **where}
-            write_atomically(lives, str(self.life).encode())
+            write_atomically(self.folder / "lives", str(self.life).encode())
             write_atomically(self.folder / "live.json", json.dumps(about).encode())
             (self.folder / "error.txt").unlink(missing_ok=True)
+        except OSError as err:
+            raise self._cannot_be_written(err) from err
+
+    def _lives(self) -> int:
+        lives = self.folder / "lives"
+        try:
+            return int(lives.read_text()) if lives.exists() else 0
         except ValueError:
             raise StoreError(f"{lives} holds no number: write how often the run was started into it") from None
-        except OSError as err:
-            raise StoreError(f"run folder {self.folder} cannot be written ({err}): free space or mend it") from err
 
     def let_go(self) -> None:
         """The run is not in progress any more; nothing, where it never was here."""
@@ -145,7 +196,7 @@ class RunStore:
         folder, kept = self.folder / "rounds" / f"{state.round:06d}", self.kept()
         self._corpora |= corpora
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(exist_ok=True)  # without parents: a run folder that is gone is not made anew
             files = {}
             for name, tensor in state.tensors.items():
                 blob = save({name: tensor})
@@ -166,6 +217,11 @@ class RunStore:
                 "record": finite(record),
             }
             write_atomically(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+        except FileNotFoundError as err:
+            raise StoreError(
+                f"round {state.round} cannot be written: run folder {self.folder} is gone (moved, deleted, or its disk "
+                f"is not mounted); round {state.round - 1} was its last: put it back and run the same command again"
+            ) from err
         except OSError as err:
             raise StoreError(
                 f"round {state.round} cannot be written to {folder} ({err}); round {state.round - 1} stands"
@@ -245,13 +301,18 @@ class RunStore:
 
         Raises:
             StoreError: its files are missing or altered.
-            WrongRunError: the prepared tokens are not those that it was trained on.
+            WrongRunError: it is another job's, or the prepared tokens are not those that it was trained on.
         """
         self.history()
         rounds = self.rounds()
         if not rounds:
             return None
         state, manifest = load_round(self.folder, rounds[-1])
+        if (theirs := manifest.get("fingerprint", self.job.fingerprint)) != self.job.fingerprint:
+            raise WrongRunError(
+                f"round {rounds[-1]} in {self.folder} was trained by another job (fingerprint {theirs}, this job's is "
+                f"{self.job.fingerprint}): give this job another `name`, or delete the folder"
+            )
         if manifest["layout"] != layout_fingerprint(self.job):
             raise WrongRunError(
                 f"run folder {self.folder} was written by a version that orders the body's parameters otherwise: "
@@ -282,10 +343,10 @@ class RunStore:
         return records
 
 
-def _locked(file: IO[str]) -> bool:
+def _locked(file: IO[str], how: int = fcntl.LOCK_EX) -> bool:
     """Whether it is this file's now; others may hold it."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, how | fcntl.LOCK_NB)
     except OSError:
         return False
     return True

@@ -2,15 +2,14 @@
 
 import json
 import shutil
-import threading
 
 import pytest
 import torch
 
-from dept_ray.errors import RunError, StoreError, WrongRunError
+from dept_ray.errors import StoreError, WrongRunError
 from dept_ray.metrics import JsonLines, read_records
 from dept_ray.rounds import store as store_module
-from dept_ray.rounds.folder import in_progress, load_round
+from dept_ray.rounds.folder import load_round
 from dept_ray.rounds.state import RunState, SiloRecord
 from dept_ray.rounds.store import RunStore
 
@@ -127,6 +126,23 @@ def test_a_crash_while_an_old_round_goes_is_no_harm(job):
     assert_equal(RunStore(job).load(CORPORA), state_after(2))
 
 
+@pytest.mark.parametrize("left", ["nothing", "what others made anew"])
+def test_a_run_folder_that_is_gone_is_not_made_anew(job, left):
+    store = RunStore(job)
+    save(store, 1)
+    away = store.folder.rename(store.folder.with_name("moved"))
+    if left != "nothing":
+        store.folder.mkdir()
+    with pytest.raises(StoreError, match=rf"round 2 .*{store.folder} is gone .*round 1 was its last: put it back"):
+        save(store, 2)
+    assert not (store.folder / "rounds").exists()
+    if left != "nothing":
+        store.folder.rmdir()
+    away.rename(store.folder)
+    save(store, 2)  # the remedy works
+    assert_equal(RunStore(job).load(CORPORA), state_after(2))
+
+
 # ------------------------------------------------------------------------------------------------ altered files
 
 
@@ -170,6 +186,29 @@ def test_the_remedy_works_a_deleted_round_goes_back_one(job):
     assert store.history() == [record_of(1)]
 
 
+def test_a_run_that_lost_all_its_rounds_does_not_begin_anew_unasked(job, three_rounds):
+    lost = three_rounds.folder / "rounds"
+    kept = lost.rename(lost.with_name("elsewhere"))
+    for start in (lambda: RunStore(job), three_rounds.hold):
+        told = rf"{lost} holds no round, but .*metrics\.jsonl tells of 3: restore its rounds, or delete {lost.parent}"
+        with pytest.raises(StoreError, match=told):
+            start()
+        assert read_records(three_rounds.metrics) == ALL
+    lost.rmdir()
+    kept.rename(lost)
+    assert_equal(RunStore(job).load(CORPORA), state_after(3))
+    shutil.rmtree(three_rounds.folder)
+    assert RunStore(job).load(CORPORA) is None
+
+
+def test_from_round_one_one_goes_back_to_none(job):
+    store = RunStore(job)
+    save(store, 1)
+    JsonLines(store.metrics)(record_of(1))
+    shutil.rmtree(store.folder / "rounds" / "000001")
+    assert RunStore(job).load(CORPORA) is None
+
+
 def test_a_manifest_that_lacks_what_it_must_say_is_refused(job):
     store = RunStore(job)
     save(store, 1)
@@ -189,58 +228,7 @@ def test_an_unreadable_config_is_refused_with_file_and_remedy(job):
         RunStore(job)
 
 
-# ------------------------------------------------------------------------------------------------ whose folder it is
-
-
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        ({"seed": 1}, "seed: 0 there, 1 here"),
-        ({"inner": {"lr": 0.5}}, r"inner\.lr: 0\.01 there, 0\.5 here"),
-        ({"rounds": {"total": 9}}, r"rounds\.total: 3 there, 9 here"),
-        ({"outer": {"preset": "nesterov"}}, r"outer\.preset: 'average' there, 'nesterov' here"),
-    ],
-)
-def test_another_job_s_folder_is_refused_with_the_key_that_differs(tiny, job, change, told):
-    save(RunStore(job), 1)
-    with pytest.raises(WrongRunError, match=rf"\({told}\).*another `name`, or delete the folder"):
-        RunStore(tiny("glob", **change))
-
-
-def test_before_its_first_round_a_folder_is_claimed_by_the_job_as_mended(tiny, job):
-    RunStore(job)
-    mended = tiny("glob", inner={"lr": 0.5})
-    save(RunStore(mended), 1)
-    with pytest.raises(WrongRunError):
-        RunStore(job)
-
-
-def test_who_is_patient_holds_a_run_when_it_is_let_go(job):
-    """A coordinator that Ray has started again may find the one before it still alive."""
-    first, second = RunStore(job), RunStore(job)
-    first.hold(address="here:1")
-    with pytest.raises(RunError, match="is in progress"):
-        second.hold(patience_s=0.3)
-    ends = threading.Timer(0.3, first.let_go)
-    ends.start()
-    second.hold(patience_s=60, address="there:2")
-    ends.join()
-    assert in_progress(first.folder)["address"] == "there:2"
-    second.let_go()
-
-
-def test_a_run_is_in_progress_once(job):
-    first, second = RunStore(job), RunStore(job)
-    assert in_progress(first.folder) is None
-    first.hold(address="here:1")
-    with pytest.raises(RunError, match=r"is in progress .*here:1"):
-        second.hold()
-    second.let_go()  # who never held it takes nothing away
-    assert in_progress(first.folder)["address"] == "here:1"
-    first.let_go()
-    second.hold()
-    second.let_go()
-    assert in_progress(first.folder) is None
+# ------------------------------------------------------------------------------------------------ two starts
 
 
 def test_other_tokens_are_refused_with_the_source(job):
