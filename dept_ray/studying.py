@@ -16,7 +16,7 @@ from dept_ray.config import Job
 from dept_ray.errors import RunError, StoreError, WrongRunError
 from dept_ray.in_process import train_here
 from dept_ray.reporting import write_report
-from dept_ray.rounds.folder import in_progress, run_folder
+from dept_ray.rounds.folder import in_progress, in_words, run_folder
 from dept_ray.study.cells import Cell, cells_of
 from dept_ray.study.outcomes import Outcome, check_origin, outcomes_of
 from dept_ray.study.study_file import Study
@@ -82,7 +82,9 @@ def run_study(study: Study, train: Train, retry: bool = False, tell: Tell = sile
             return
         for job in due:
             if (where := in_progress(run_folder(job))) is not None:
-                raise RunError(f"run {job.name} is in progress ({where}): wait for it, or stop it, then study again")
+                raise RunError(
+                    f"run {job.name} is in progress ({in_words(where)}): wait for it, or stop it, then study again"
+                )
         tell(f"{len(due)} runs to do")
         with closing(train(due)) as over:
             for job, error in over:

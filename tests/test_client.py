@@ -140,5 +140,5 @@ def test_a_run_in_one_process_is_watched_there_alone(tiny: Callable[..., Job]):
     with pytest.raises(RunError, match="is not in progress; `dept-ray train` goes on with it"):
         Run.attach(store.folder)
     (store.folder / "live.json").write_text('{"pid": 1, "host": "gone", "address": "127.0.0.1:9"}')
-    with pytest.raises(RunError, match="is not in progress; `dept-ray train` goes on with it"):
+    with pytest.raises(RunError, match=r"is not in progress \(no Ray cluster answers .*\); `dept-ray train` goes on"):
         Run.attach(store.folder)

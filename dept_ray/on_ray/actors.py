@@ -24,12 +24,12 @@ from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from dept_ray.codec import Moves
 from dept_ray.config import Job
-from dept_ray.errors import DeptError, RunError, SiloError, discreet
+from dept_ray.errors import DeptError, RunError, SiloError, StoreError, discreet
 from dept_ray.messages import Change, Delta, RoundOrder, RunStatus, SiloCard, SiloSpec, SiloStatus, SiloUpdate
 from dept_ray.metrics import JsonLines, Log, Record, TensorBoard
 from dept_ray.on_ray.prometheus import PrometheusSink, SiloGauges
 from dept_ray.rounds.control import Control
-from dept_ray.rounds.folder import run_folder
+from dept_ray.rounds.folder import in_progress, run_folder
 from dept_ray.rounds.store import RunStore
 from dept_ray.silo.memory import give_back, keep_freed_memory, loading
 
@@ -294,6 +294,8 @@ class CoordinatorActor:
             phase, error = "failed", f"{type(err).__name__}: {err}"
         except Exception:  # noqa: BLE001 - a bug must reach the user, not die with this thread
             phase, error = "failed", traceback.format_exc()
+        if self.leave and error:
+            self._leave_word(error, mine)
         closes = [board.close] if board is not None else []
         closes += [self.pool.close, *([store.let_go] if store is not None else [])]
         for close in closes:
@@ -303,11 +305,15 @@ class CoordinatorActor:
                 traceback.print_exc()
         self.phase, self.error = phase, error
         if self.leave:
-            if error and mine:  # else another one holds the run
-                with suppress(OSError):  # the disk may be what it failed for
-                    (run_folder(self.job) / "error.txt").write_text(error)
             # Everything is on disk. Ray would restart an actor that merely exits; one that is killed stays dead.
             ray.kill(ray.get_runtime_context().current_actor)
+
+    def _leave_word(self, error: str, mine: bool) -> None:
+        """Why the run failed, in its folder, before another may take it up; not in one that another holds."""
+        folder = run_folder(self.job)
+        with suppress(OSError, StoreError):  # the disk may be what it failed for
+            if mine or in_progress(folder) is None:
+                (folder / "error.txt").write_text(error)
 
 
 def explain(err: RayError) -> DeptError:

@@ -147,6 +147,8 @@ def address_of(run: str, folder: Path) -> str:
     """
     held = in_progress(folder)
     where = last_place(folder) if held is None else held
+    if held == {}:
+        raise RunError(f"run {run} is being taken up at this moment: ask again")
     if held is not None and "address" not in held:
         raise RunError(
             f"run {run} is in progress in one process, without Ray ({in_words(where)}): it is watched and stopped "
@@ -156,5 +158,7 @@ def address_of(run: str, folder: Path) -> str:
         if held is None:
             connect(where["address"])
         return where["address"]
-    except (KeyError, ClusterError):
+    except KeyError:
         raise RunError(f"run {run} is not in progress; `dept-ray train` goes on with it") from None
+    except ClusterError as err:
+        raise RunError(f"run {run} is not in progress ({err}); `dept-ray train` goes on with it") from None

@@ -17,6 +17,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from dept_ray.config import Job
+from dept_ray.draws import digest
 from dept_ray.errors import ClusterError, DeptError, ShardError, SiloError, discreet
 from dept_ray.messages import SiloCard, SiloSpec, SiloStatus
 from dept_ray.on_ray.actors import SiloActor, explain
@@ -149,11 +150,12 @@ class Places:
     def _where(self, name: str, resources: Resources) -> dict[str, Any]:
         """Ray's options: a node with its labels; of who asks for no resources, the one with the fewest for its cores.
 
-        For those Ray chooses by chance, also a node that runs no task, where nobody would read their text.
+        For those Ray chooses by chance, also a node that runs no task, where nobody would read their text. Who is
+        placed again goes elsewhere, if it can; and of nodes that are alike other runs take others.
         """
         labels = resources.labels
         anywhere: dict[str, Any] = {"label_selector": labels} if labels else {}
-        self._homes.pop(name, None)
+        left = self._homes.pop(name, None)
         if resources.num_cpus or resources.num_gpus:
             return anywhere
         leaving, taken = leaving_nodes(), Counter(self._homes.values())
@@ -162,10 +164,14 @@ class Places:
             for node in ray.nodes()
             if node["Alive"] and has_labels(node, labels) and node["NodeID"] not in leaving
         }
-        room = [(-(taken[node] + 1) / cpus, node) for node, cpus in cores.items() if cpus >= 1]
+        room = [
+            (node == left, taken[node] / cpus, digest(self.job.name, name, node), node)
+            for node, cpus in cores.items()
+            if cpus >= 1
+        ]
         if not room:
             return anywhere
-        self._homes[name] = max(room)[1]
+        self._homes[name] = min(room)[-1]
         here = {**labels, "ray.io/node-id": self._homes[name]}
         return {"label_selector": here, "fallback_strategy": [{"label_selector": labels}]}
 

@@ -83,7 +83,8 @@ def check_asked(job: Job, change: Change, records: Sequence[Record], pending: Se
     rounds = [record for record in records if record["event"] == "round"]
     trained = {name for record in rounds for name in record["silos"]}
     committed = max((record["round"] for record in rounds), default=0)
-    return check_change(job, change, committed, _away_by(records, pending), _mendable(job, trained, pool))
+    away = _away_by(records, pending) | pool.failed().keys()
+    return check_change(job, change, committed, away, _mendable(job, trained, pool))
 
 
 def obey_people(job: Job, state: RunState, pool: SiloPool, log: Sink, control: Control) -> tuple[Job, RunState]:

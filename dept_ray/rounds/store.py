@@ -72,7 +72,7 @@ class RunStore:
         try:
             (self.folder / "rounds").mkdir(parents=True, exist_ok=True)
             self._check_owner()
-            with open(self.folder / "lock", "a") as lock:
+            with open(self.folder / "lock", "a+") as lock:  # to be read, too: NFS shares no lock otherwise
                 if _locked(lock, fcntl.LOCK_SH):  # else who holds the run has claimed it, or does so now
                     self._claim()
         except OSError as err:

@@ -77,7 +77,7 @@ class Sharded:
     Args:
         learner: this rank's; its model has values on rank 0 alone.
         team: all ranks.
-        compiled: whether this process has compiled what another order's shards were computed by, which serves again.
+        compiled: whether this team has compiled what another order's shards were computed by, which serves again.
 
     Raises:
         SiloError: this process has another silo with shards.

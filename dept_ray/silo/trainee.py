@@ -97,8 +97,8 @@ class Trainees:
 
     def __init__(self, learner: Learner) -> None:
         self._learner, self.copy = learner, Copy(learner)
-        self._compiled = False
-        """Whether a cut one was."""
+        self._compiled_by: Team | None = None
+        """Whose first pass through a cut one was made: all ranks of a team make it, or none."""
 
     @contextmanager
     def of(self, team: Team) -> Iterator[Trainee]:
@@ -113,9 +113,9 @@ class Trainees:
         from dept_ray.silo.sharded import Sharded  # a second to import, for those alone who need it
 
         gc.collect()  # what one whose order failed has left behind
-        cut = Sharded(self._learner, team, self._compiled)
+        cut = Sharded(self._learner, team, self._compiled_by is team)
         try:
             yield cut
-            self._compiled = not cut.to_compile
+            self._compiled_by = team
         finally:
             cut.release()

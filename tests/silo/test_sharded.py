@@ -65,7 +65,12 @@ def test_compiled_shards_compute_the_same_and_are_compiled_once(tiny: Make, monk
         assert_same_rounds(ours, theirs)
         graphs = counters["stats"]["unique_graphs"]
         assert graphs == 3, "attention, MLP and a chunk of the loss: for all blocks, and for the second order too"
-    assert len(passes) == 1
+        assert len(passes) == 1
+        kill_rank_1(ours)
+        assert ours.obey(first_order(several, ours)).steps == 4, (
+            "ranks that come anew make theirs, and so do the others"
+        )
+    assert len(passes) == 2
 
 
 def test_in_bf16_the_shards_compute_what_autocast_computes(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
