@@ -8,6 +8,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
+from weakref import WeakSet
 
 from dept_ray.silo.compiling import LossOf, compile_now, compiled_loss
 from dept_ray.silo.learner import Learner
@@ -97,8 +98,9 @@ class Trainees:
 
     def __init__(self, learner: Learner) -> None:
         self._learner, self.copy = learner, Copy(learner)
-        self._compiled_by: Team | None = None
-        """Whose first pass through a cut one was made: all ranks of a team make it, or none."""
+        self._compiled_by = WeakSet[Team]()
+        """Teams whose first pass through a cut one was made: all ranks of a team make it, or none. One that was left is
+        not held: its store would go on listening."""
 
     @contextmanager
     def of(self, team: Team) -> Iterator[Trainee]:
@@ -113,9 +115,9 @@ class Trainees:
         from dept_ray.silo.sharded import Sharded  # a second to import, for those alone who need it
 
         gc.collect()  # what one whose order failed has left behind
-        cut = Sharded(self._learner, team, self._compiled_by is team)
+        cut = Sharded(self._learner, team, team in self._compiled_by)
         try:
             yield cut
-            self._compiled_by = team
+            self._compiled_by.add(team)
         finally:
             cut.release()
