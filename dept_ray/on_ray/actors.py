@@ -264,9 +264,9 @@ class CoordinatorActor:
         """
         if not (folder := run_folder(self.job)).exists():
             raise RunError(
-                f"run folder {folder} is not on the node of its coordinator (the node that had it is gone, or the run was "
-                "started from a machine outside the cluster): start it where the folder is, or put `folder` on a disk "
-                "that all nodes see"
+                f"run folder {folder} is not on the node of its coordinator (the node that had it is gone, or the run "
+                "was started from a machine outside the cluster): start it where the folder is, or put `folder` on a "
+                "disk that all nodes see"
             )
 
     def _run(self) -> None:
